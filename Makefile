@@ -1,0 +1,39 @@
+# make demo: sets everything up, makes a tiny model and a video, exports, asks.   make test: sets everything up, runs the tests.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.vlrt-setup
+JOBS ?= 2
+
+.PHONY: demo test lint format setup bench wheel-test clean
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+# One thread per worker: workers that each take all cores slow each other down.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m benches.bench_stages
+
+# Builds sdist and wheel, installs the wheel elsewhere, runs the tests of the command line with the sources out of reach.
+wheel-test: setup
+	sh tools/test-wheel $(VENV)
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py tools/setup
+	sh tools/setup $(VENV)
+	@touch $@
+
+clean:
+	rm -rf build dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

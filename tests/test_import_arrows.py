@@ -1,0 +1,78 @@
+"""Who may import whom: layers that look only downwards can be read, tested and replaced one at a time."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "vlrt"
+DATA = ["video", "preprocess", "prompt", "positions", "latent", "kv_cache"]
+CORE = ["bundle", "checkpoint", "names", "config", "errors", *DATA]
+ENGINES = {"torch", "triton", "transformers", "onnx", "onnxscript", "tensorrt", "safetensors"}
+
+# module or folder -> what of vlrt it may import, itself aside; the longest name that fits a file counts
+ARROWS = {
+    "__init__": ["errors", "runtime", "video"],
+    "__main__": ["cli"],
+    "errors": [],
+    "names": [],
+    "aliases": ["config", "errors"],
+    "config": ["errors"],
+    "bundle": ["config", "names", "errors"],
+    "checkpoint": ["config", "names", "errors", "aliases"],
+    "fresh": ["config", "errors", "checkpoint", "prompt"],
+    "video": ["config", "errors"],
+    "preprocess": ["config", "errors", "video"],
+    "prompt": ["config", "errors"],
+    "positions": ["config", "errors", "prompt"],
+    "latent": ["config", "errors"],
+    "kv_cache": ["config", "errors"],
+    "kernels": [],
+    "ops": ["kernels"],
+    "models": ["ops", "config", "latent", "errors"],
+    "backends": ["bundle", "names", "kv_cache", "config", "errors"],
+    "backends.torch": ["bundle", "names", "kv_cache", "config", "errors", "models", "checkpoint", "ops"],
+    "generate": ["backends.base", "kv_cache", "latent", "positions", "prompt", "config", "errors"],
+    "session": [*CORE, "backends", "generate"],
+    "runtime": [*CORE, "backends", "generate", "session"],
+    "export": ["checkpoint", "models", "names", "bundle", "kernels", "config", "errors", "ops", "prompt", "positions"],
+    "export.verify": [*CORE, "models", "ops", "kernels", "backends", "generate", "session", "runtime"],
+    "doctor": ["errors", "backends"],
+    "cli": ["errors", "config", "bundle", "checkpoint", "runtime", "fresh", "doctor", "export"],
+}
+NEEDS_AN_ENGINE = {"kernels", "ops", "models", "export", "export.verify", "backends.torch"}
+LOADS_TORCH_WHEN_ASKED_FOR_A_TENSOR = {"checkpoint"}
+SAYS_ITS_VERSION = {"cli", "doctor"}
+
+
+def within(name: str, *parents: str) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute here"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+FILES |= {f"{d}.{p.stem}": p for d in ("kernels", "export") for p in sorted((PACKAGE / d).glob("*.py"))}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_follow_the_arrows(module: str) -> None:
+    home = max((name for name in ARROWS if within(module, name)), key=len, default=None)
+    assert home, f"vlrt/{module} has no row in ARROWS: say there what it may import"
+    for name in sorted(imports(FILES[module])):
+        top, _, target = name.partition(".")
+        assert top not in ("tests", "benches", "kernels", "export"), f"{module} imports {name}"
+        if top == "vlrt":
+            allowed = within(target, *ARROWS[home], module.partition(".")[0])  # a folder's files may import each other
+            assert allowed or (home in SAYS_ITS_VERSION and not target), f"{module} may not import vlrt.{target}"
+        if home not in NEEDS_AN_ENGINE | LOADS_TORCH_WHEN_ASKED_FOR_A_TENSOR:
+            assert top not in ENGINES, f"{module} imports {name}: answering needs onnxruntime alone"

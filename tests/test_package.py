@@ -1,0 +1,66 @@
+"""The package as its users import it: lazily, typed, with kernels/ and export/ in it; from a checkout or a wheel."""
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vlrt
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "triton", "onnxruntime", "tensorrt", "transformers", "onnx", "numpy", "av", "PIL", "rich")
+
+
+def modules_loaded_by(code: str, cwd: Path) -> set[str]:
+    command = [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"]
+    loaded = subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True).stdout
+    return {name.split(".")[0] for name in loaded.split()}
+
+
+@pytest.mark.parametrize("code", ["import vlrt", "import vlrt.cli; vlrt.cli._parser()", "from vlrt import VideoError"])
+def test_importing_loads_no_engine(code: str, tmp_path: Path) -> None:
+    assert modules_loaded_by(code, tmp_path).isdisjoint(HEAVY)
+
+
+def test_the_runtime_loads_without_what_only_an_export_needs(tmp_path: Path) -> None:
+    code = "from vlrt import Answer, Frames, Runtime; import vlrt.session, vlrt.generate, vlrt.backends.ort"
+    assert modules_loaded_by(code, tmp_path).isdisjoint(("torch", "triton", "onnx", "transformers", "safetensors"))
+
+
+def test_every_public_name_exists_and_a_wrong_one_is_an_attribute_error() -> None:
+    for name in vlrt.__all__:
+        assert getattr(vlrt, name) is not None
+    assert set(vlrt.__all__) <= set(dir(vlrt))
+    with pytest.raises(AttributeError, match="no attribute 'Runtimes'"):
+        vlrt.Runtimes  # noqa: B018  # reading it is the test
+
+
+def test_version_is_the_one_that_was_installed() -> None:
+    assert vlrt.__version__ == importlib.metadata.version("vlrt")
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert Path(vlrt.__file__).with_name("py.typed").exists()
+
+
+@pytest.mark.parametrize("name", ["kernels", "export"])
+def test_kernels_and_export_are_namespace_packages(name: str) -> None:
+    # transformers looks for the package `kernels` of PyPI by that name, and from a checkout our folder answers to it.
+    # With an __init__.py ours would be imported in its place, and transformers would crash on what it lacks.
+    spec = importlib.util.find_spec(f"vlrt.{name}")
+    assert spec is not None
+    assert spec.origin is None, f"{name}/ has an __init__.py"
+
+
+@pytest.mark.parametrize("name", ["kernels", "export"])
+def test_links_of_a_checkout_are_relative_and_lead_to_the_top_level(name: str) -> None:
+    link = ROOT / "vlrt" / name
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("holds for a checkout; this is an installed wheel")
+    assert link.is_symlink()
+    assert not link.readlink().is_absolute()
+    assert link.resolve() == (ROOT / name).resolve()
+    assert not (ROOT / name / "__init__.py").exists()
