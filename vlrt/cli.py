@@ -1,0 +1,285 @@
+"""The `vlrt` command: one verb per function, each of which imports its part inside.
+
+Answers and tables go to stdout, progress, warnings and errors to stderr. Exit codes: 0; 1 for a VlrtError, which is one
+line on stderr; 2 for wrong usage; 130 after Ctrl-C; 141 when the reader of stdout has gone, quietly.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import vlrt
+from vlrt.errors import BackendUnavailable, BundleError, ExportError, VlrtError
+
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return its exit code; wrong usage raises SystemExit(2)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding does not
+    try:
+        args = _parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], None] = args.command
+        command(args)
+        sys.stdout.flush()
+    except VlrtError as error:
+        _complain("error", str(error))
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+        return EXIT_CLOSED_PIPE
+    return 0
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a bundle from a checkpoint, with a progress bar, and print its parity record."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    try:
+        from vlrt.export import exporter
+    except ModuleNotFoundError as error:
+        if (error.name or "vlrt").startswith("vlrt"):
+            raise
+        raise ExportError(
+            f"exporting needs {error.name}, which is not installed; to do: pip install 'vlrt[export]'"
+        ) from error
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("export", total=1.0)
+        path = exporter.export(
+            args.checkpoint,
+            args.output,
+            backend=args.backend,
+            precision=args.precision,
+            progress=lambda stage, fraction: progress.update(task, description=stage, completed=fraction),
+        )
+    _print_parity(_bundle_facts(path)["parity"])
+    _put(str(path))
+
+
+def ask(args: argparse.Namespace) -> None:
+    """Ask a bundle one question about one video."""
+    if args.stream and (args.json or args.choices):
+        args.parser.error(f"argument --stream: not allowed with {'--json' if args.json else '--choices'}")
+    with vlrt.Runtime.open(args.bundle, backend=args.backend, threads=args.threads) as runtime:
+        options = {
+            "reasoning": args.reasoning,
+            "max_tokens": args.max_tokens,
+            "min_tokens": args.min_tokens,
+            "num_frames": args.num_frames,
+            "fps": args.fps,
+        }
+        if args.stream:
+            stream = runtime.stream(args.video, args.question, **options)
+            for piece in stream:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            answer = stream.answer
+        else:
+            answer = runtime.ask(args.video, args.question, choices=args.choices, **options)
+            _put(answer.to_dict() if args.json else answer.text)
+    for warning in answer.warnings:
+        _complain("warning", warning)
+
+
+def info(args: argparse.Namespace) -> None:
+    """Print what a bundle or a checkpoint holds."""
+    path = Path(args.path)
+    if (path / "manifest.json").exists():
+        facts = _bundle_facts(path)
+    elif (path / "config.json").exists():
+        facts = _checkpoint_facts(path)
+    else:
+        given = "holds neither manifest.json (a bundle) nor config.json (a checkpoint)"
+        raise BundleError(
+            f"{path} {given if path.is_dir() else 'is not a directory'}; accepted: a bundle that `vlrt export` wrote, "
+            "or a Hugging Face checkpoint"
+        )
+    if args.json:
+        _put(facts)
+        return
+    parity = facts.pop("parity", None)
+    _print_table(str(path), ("what", "value"), _flat(facts))
+    if parity is not None:
+        _print_parity(parity)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Print which backends this machine has, and why not the others."""
+    from vlrt.doctor import survey
+
+    facts = survey()
+    if args.json:
+        _put(facts)
+    else:
+        rows = [(row["name"], "yes" if row["available"] else "no", row["reason"]) for row in facts["abilities"]]
+        _print_table("this machine", ("what", "works", "with, or why not"), rows)
+        facts["versions"] = {name: version or "not installed" for name, version in facts["versions"].items()}
+        _print_table("details", ("what", "value"), _flat({k: v for k, v in facts.items() if k != "abilities"}))
+    if not any(row["available"] for row in facts["abilities"] if "backend" in row["name"]):
+        raise BackendUnavailable("no backend can run on this machine; `vlrt doctor` lists the reasons")
+
+
+def init(args: argparse.Namespace) -> None:
+    """Write a fresh, untrained checkpoint of a given shape."""
+    from vlrt.fresh import write_checkpoint
+
+    _put(str(write_checkpoint(args.output, shape=args.shape, seed=args.seed)))
+
+
+def _bundle_facts(path: Path) -> dict[str, Any]:
+    from vlrt import config
+    from vlrt.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    return {
+        "kind": "bundle",
+        "backend": bundle.backend,
+        "precision": bundle.precision,
+        "size_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "model": config.to_dict(bundle.model),
+        "parity": bundle.parity,
+    }
+
+
+def _checkpoint_facts(path: Path) -> dict[str, Any]:
+    from vlrt import config
+    from vlrt.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(path)
+    return {
+        "kind": "checkpoint",
+        "name": checkpoint.name,
+        "dtype": checkpoint.dtype,
+        "size_bytes": sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        "model": config.to_dict(checkpoint.model),
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested objects as rows of (dotted name, value); a missing object is one row."""
+    rows: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{prefix}{name}.")
+        elif name.endswith(("_bytes", "total", "available")) and isinstance(value, int):
+            rows.append((prefix + name, f"{value} ({value / 2**20:,.1f} MiB)"))
+        elif isinstance(value, list | tuple):
+            rows.append((prefix + name, ", ".join(map(str, value)) or "none"))
+        else:
+            rows.append((prefix + name, "none" if value is None else str(value)))
+    return rows
+
+
+def _print_parity(rows: Sequence[Mapping[str, Any]]) -> None:
+    table = [(r["name"], f"{r['value']:.3g}", f"{r['limit']:.3g}", "yes" if r["ok"] else "NO") for r in rows]
+    _print_table("parity with the torch reference", ("what", "value", "limit", "ok"), table)
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(title=escape(title), title_justify="left", show_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    with console.capture() as captured:  # rich turns a closed pipe into exit code 1; main has a word for it
+        console.print(table)
+    sys.stdout.write(captured.get())
+
+
+def _put(value: Any) -> None:
+    """Write a text, or an object as one line of JSON, to stdout."""
+    text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+    sys.stdout.write(text + "\n")
+
+
+def _complain(kind: str, message: str) -> None:
+    """Write one line to stderr, whatever is in the message: file names may hold newlines and escape sequences."""
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    sys.stderr.write(f"vlrt: {kind}: {line}\n")
+
+
+def _number(kind: type[int] | type[float], low: float, accepted: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r}; accepted: {accepted}")
+        return value
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlrt",
+        description="Answers questions about videos with models that reason in latents.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"vlrt {vlrt.__version__}")
+    count = _number(int, 1, "a whole number, 1 or more")
+    count_or_zero = _number(int, 0, "a whole number, 0 or more")
+    rate = _number(float, 1e-9, "a number above 0")
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def verb(function: Callable[[argparse.Namespace], None], **arguments: dict[str, Any]) -> argparse.ArgumentParser:
+        summary = (function.__doc__ or "").strip()
+        sub = verbs.add_parser(function.__name__, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(command=function, parser=sub)
+        for name, options in arguments.items():
+            sub.add_argument(name, **options)
+        return sub
+
+    sub = verb(export, checkpoint={"metavar": "CHECKPOINT", "help": "a Hugging Face checkpoint directory"})
+    sub.add_argument("-o", "--output", help="the bundle to write or replace (default: <checkpoint name>.vlrt)")
+    sub.add_argument("--backend", choices=["ort"], default="ort", help="the engine to write for (default: ort)")
+    sub.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="of the weights (default: fp32)")
+
+    sub = verb(
+        ask,
+        bundle={"metavar": "BUNDLE", "help": "a directory that `vlrt export` wrote"},
+        video={"metavar": "VIDEO", "help": "a video or image file"},
+        question={"metavar": "QUESTION", "help": "the question, in one argument"},
+    )
+    sub.add_argument("--choices", nargs="+", metavar="CHOICE", help="answer with the likeliest of these")
+    sub.add_argument(
+        "--reasoning", choices=["latent", "direct", "cot"], help="default: latent where the model has latents"
+    )
+    sub.add_argument("--max-tokens", type=count, metavar="N", help="end the answer after so many tokens")
+    sub.add_argument(
+        "--min-tokens", type=count_or_zero, default=0, metavar="N", help="do not end it before (default: 0)"
+    )
+    frames = sub.add_mutually_exclusive_group()
+    frames.add_argument("--num-frames", type=count, metavar="N", help="sample so many frames, evenly")
+    frames.add_argument("--fps", type=rate, metavar="F", help="sample so many frames per second of video")
+    sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: the engine's choice)")
+    sub.add_argument("--backend", default="auto", choices=["auto", "ort"], help="the engine to run in (default: auto)")
+    sub.add_argument("--json", action="store_true", help="print the Answer as one JSON object")
+    sub.add_argument("--stream", action="store_true", help="print the answer as it comes")
+
+    sub = verb(info, path={"metavar": "BUNDLE_OR_CHECKPOINT", "help": "a directory"})
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub = verb(doctor)
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = verb(init, output={"metavar": "OUT", "help": "the directory to make"})
+    sub.add_argument("--shape", choices=["tiny", "small", "3b", "7b"], default="tiny", help="its size (default: tiny)")
+    sub.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
+    return parser

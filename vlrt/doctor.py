@@ -1,0 +1,112 @@
+"""What this machine offers: backends, versions, processor features, memory.
+
+Looks and reports; it opens no model and changes nothing. A backend that cannot run comes with its reason.
+"""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import vlrt
+
+RUNTIME_PACKAGES = ("numpy", "onnxruntime", "tokenizers", "av", "pillow", "jinja2", "rich")
+EXPORT_PACKAGES = ("torch", "safetensors", "onnx", "onnxscript", "transformers")
+
+# Features as /proc/cpuinfo spells them, that decide how fast a bundle answers; the first row is x86, the second Arm.
+CPU_FEATURES = (
+    *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("asimddp", "i8mm", "bf16", "sve"),
+)
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One thing that vlrt may do on this machine; `reason` says why not, or with what."""
+
+    name: str
+    available: bool
+    reason: str
+
+
+def survey() -> dict[str, Any]:
+    """Return all of it as JSON-ready values.
+
+    Keys: vlrt (version), python, platform, abilities (rows of Ability), versions (package to version, None: not
+    installed), cpu (model, cores, usable_cores, features; None where the system does not tell), memory_bytes (total,
+    available; None where the system does not tell).
+    """
+    return {
+        "vlrt": vlrt.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "abilities": [asdict(ability) for ability in abilities()],
+        "versions": {name: _version(name) for name in (*RUNTIME_PACKAGES, *EXPORT_PACKAGES)},
+        "cpu": _cpu(),
+        "memory_bytes": _memory(),
+    }
+
+
+def abilities() -> list[Ability]:
+    """Return one row per backend, and one for exporting."""
+    cuda = "this version of vlrt has no such backend; the ort backend runs on the CPU"
+    return [
+        _ort(),
+        Ability("torch backend", False, "this version of vlrt has no such backend; torch only serves the export"),
+        Ability("ort backend, CUDA", False, cuda),
+        Ability("tensorrt backend", False, cuda),
+        _export(),
+    ]
+
+
+def _ort() -> Ability:
+    name = "ort backend, CPU"
+    try:
+        engine = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        return Ability(name, False, f"onnxruntime cannot be imported ({error}); to do: pip install onnxruntime")
+    providers = engine.get_available_providers()
+    if "CPUExecutionProvider" not in providers:
+        return Ability(name, False, f"onnxruntime {engine.__version__} offers only {', '.join(providers)}")
+    return Ability(name, True, f"onnxruntime {engine.__version__}")
+
+
+def _export() -> Ability:
+    missing = [name for name in EXPORT_PACKAGES if _version(name) is None]
+    if missing:
+        return Ability("export", False, f"not installed: {', '.join(missing)}; to do: pip install 'vlrt[export]'")
+    return Ability("export", True, f"torch {_version('torch')}, onnx {_version('onnx')}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else None
+    model, features = platform.processor() or None, None
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        rows = [line.partition(":") for line in info.read_text(errors="replace").splitlines()]
+        first = {key.strip().lower(): value.strip() for key, _, value in reversed(rows)}
+        model = first.get("model name", model)
+        flags = set(first.get("flags", first.get("features", "")).split())
+        features = [name for name in CPU_FEATURES if name in flags]
+    return {"model": model, "cores": os.cpu_count(), "usable_cores": usable, "features": features}
+
+
+def _memory() -> dict[str, int | None]:
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return {"total": None, "available": None}
+    kib = {
+        key: int(value.split()[0]) for key, _, value in (row.partition(":") for row in info.read_text().splitlines())
+    }
+    return {"total": kib["MemTotal"] * 1024, "available": kib["MemAvailable"] * 1024}
