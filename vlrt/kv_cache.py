@@ -1,0 +1,74 @@
+"""The keys and values of one sequence in host memory: allocate, view, advance, rewind.
+
+Slots are allocated once and filled from the front; each also has its row of the rotary tables, since M-RoPE turns a key
+by where it stands in time and space and not by its slot. Knows no model and no engine.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlrt import config
+from vlrt.errors import ConfigError
+
+Array = NDArray[np.float32]
+
+
+class KVCache:
+    """Static cache of one sequence.
+
+    Args:
+        decoder: gives layers, heads and head dim.
+        capacity: number of slots M; memory is touched only as slots are filled.
+
+    Attributes:
+        keys: one [1, H_kv, M, D] float32 per layer.
+        values: likewise.
+        cos: [M, D/2] float32, row m for slot m.
+        sin: [M, D/2] float32.
+        past_length: int32 array of no axes, slots in use; engines read it in place.
+    """
+
+    def __init__(self, decoder: config.Decoder, capacity: int) -> None:
+        shape = (1, decoder.num_kv_heads, capacity, decoder.head_dim)
+        self.keys = [np.zeros(shape, np.float32) for _ in range(decoder.num_layers)]
+        self.values = [np.zeros(shape, np.float32) for _ in range(decoder.num_layers)]
+        self.cos = np.zeros((capacity, decoder.head_dim // 2), np.float32)
+        self.sin = np.zeros_like(self.cos)
+        self.past_length = np.zeros((), np.int32)
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self.cos.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Number of slots in use."""
+        return int(self.past_length)
+
+    def place(self, cos: Array, sin: Array) -> None:
+        """Write the rotary rows [S, D/2] of the next S slots.
+
+        Raises:
+            ConfigError: fewer than S slots are free.
+        """
+        stop = self.length + cos.shape[0]
+        if stop > self.capacity:
+            raise ConfigError(
+                f"the sequence would take {stop} slots of a KV cache of {self.capacity}; ask with fewer frames or tokens"
+            )
+        self.cos[self.length : stop], self.sin[self.length : stop] = cos, sin
+
+    def advance(self, count: int) -> None:
+        """Take `count` slots into use, their keys and values having been written."""
+        assert 0 <= count <= self.capacity - self.length
+        self.past_length += np.int32(count)
+
+    def rewind(self, count: int) -> None:
+        """Free the last `count` slots."""
+        assert 0 <= count <= self.length
+        self.past_length -= np.int32(count)
+
+    def view(self, layer: int) -> tuple[Array, Array]:
+        """Return the keys and values in use of one layer, [1, H_kv, length, D] each, without copying."""
+        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
