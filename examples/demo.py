@@ -72,9 +72,9 @@ def main() -> None:
     console.print(table)
     ratio = chain.timings["total"] / latent.timings["total"]
     console.print(
-        f"\nHere the chain takes {ratio:.1f} times as long as the latents, from the video's path to the answer. Lengths are "
-        f"forced: {CHAIN_TOKENS} tokens of chain, {ANSWER_TOKENS} of answer. One run of a tiny model: the benches measure "
-        "with care.\n"
+        f"\nFrom the video's path to the answer the chain takes {ratio:.1f} times as long as the latents. Lengths are "
+        f"forced: {CHAIN_TOKENS} tokens of chain, {ANSWER_TOKENS} of answer. One run of a tiny model: the benches "
+        "measure with care.\n"
     )
     console.print("Next:", highlight=False)
     for command in (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vlrt"
-DATA = ["video", "preprocess", "prompt", "positions", "latent", "kv_cache"]
+DATA = ["container", "sampling", "video", "preprocess", "prompt", "positions", "latent", "kv_cache"]
 CORE = ["bundle", "checkpoint", "names", "config", "errors", *DATA]
 ENGINES = {"torch", "triton", "transformers", "onnx", "onnxscript", "tensorrt", "safetensors"}
 
@@ -21,7 +21,9 @@ ARROWS = {
     "bundle": ["config", "names", "errors"],
     "checkpoint": ["config", "names", "errors", "aliases"],
     "fresh": ["config", "errors", "checkpoint", "prompt"],
-    "video": ["config", "errors"],
+    "container": ["config", "errors"],
+    "sampling": ["config", "errors"],
+    "video": ["config", "errors", "container", "sampling"],
     "preprocess": ["config", "errors", "video"],
     "prompt": ["config", "errors"],
     "positions": ["config", "errors", "prompt"],

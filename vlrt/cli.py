@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import vlrt
-from vlrt.errors import BackendUnavailable, BundleError, ExportError, VlrtError
+from vlrt.errors import BackendUnavailable, BundleError, VlrtError
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 130, 141
 
@@ -31,6 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VlrtError as error:
         _complain("error", str(error))
         return EXIT_ERROR
+    except ModuleNotFoundError as error:
+        from vlrt.doctor import EXPORT_PACKAGES
+
+        if error.name not in EXPORT_PACKAGES:
+            raise
+        _complain(
+            "error", f"this command needs {error.name}, which is not installed; to do: pip install 'vlrt[export]'"
+        )
+        return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -44,14 +53,8 @@ def export(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    try:
-        from vlrt.export import exporter
-    except ModuleNotFoundError as error:
-        if (error.name or "vlrt").startswith("vlrt"):
-            raise
-        raise ExportError(
-            f"exporting needs {error.name}, which is not installed; to do: pip install 'vlrt[export]'"
-        ) from error
+    from vlrt.export import exporter
+
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("export", total=1.0)
         path = exporter.export(

@@ -1,0 +1,230 @@
+"""The command line, end to end: real processes on real files. Runs from a checkout and from an installed wheel alike.
+
+Not covered: terminals (colours, the moving progress bar), and answers of trained models.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+import vlrt
+from vlrt.fresh import write_checkpoint
+
+QUESTION = "Where does the square go?"
+STAGES = {"decode", "preprocess", "vision", "prefill", "latents", "answer", "total"}
+
+
+def run(*arguments: object, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vlrt", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)  # type: ignore[call-overload]
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that holds tiny/ (a checkpoint), clip.mp4, and tiny.vlrt/, which `vlrt export` wrote there."""
+    room = tmp_path_factory.mktemp("cli")
+    write_checkpoint(room / "tiny", shape="tiny", seed=0)
+    write_video(room / "clip.mp4")
+    done = run("export", "tiny", cwd=room)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "tiny.vlrt"
+    assert "parity" in done.stdout
+    assert done.stderr == ""
+    return room
+
+
+def write_video(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for step in range(24):
+            image = np.full((64, 96, 3), 30, dtype=np.uint8)
+            image[24:40, 3 * step : 3 * step + 16] = (220, 30, 30)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def ask(room: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return run("ask", "tiny.vlrt", "clip.mp4", QUESTION, "--num-frames", 4, *arguments, cwd=room)
+
+
+def fails(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Hold a failure to its form: exit code 1, nothing on stdout, one line on stderr that names what it must."""
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("vlrt: error: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+@pytest.mark.parametrize("reasoning", ["latent", "direct", "cot"])
+def test_json_is_one_object_with_the_fields_of_the_answer(room: Path, reasoning: str) -> None:
+    done = ask(room, "--reasoning", reasoning, "--max-tokens", 6, "--min-tokens", 6, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert {"text", "token_ids", "choice", "scores", "reasoning", "usage", "timings", "warnings"} <= set(answer)
+    assert answer["reasoning"] == reasoning
+    assert answer["usage"]["num_frames"] == 4
+    assert (answer["usage"]["latents"] > 0) == (reasoning == "latent")
+    assert set(answer["timings"]) >= STAGES
+    assert answer["choice"] is None
+
+
+def test_latents_are_the_default_where_the_model_has_them(room: Path) -> None:
+    assert json.loads(ask(room, "--max-tokens", 2, "--json").stdout)["reasoning"] == "latent"
+
+
+@pytest.mark.parametrize("reasoning", ["latent", "direct"])
+def test_text_stream_and_json_say_the_same(room: Path, reasoning: str) -> None:
+    options = ("--reasoning", reasoning, "--max-tokens", 8, "--min-tokens", 8)
+    text, stream = ask(room, *options), ask(room, *options, "--stream")
+    assert text.returncode == stream.returncode == 0, text.stderr + stream.stderr
+    assert text.stdout == stream.stdout
+    assert text.stdout == json.loads(ask(room, *options, "--json").stdout)["text"] + "\n"
+
+
+def test_choices_are_answered_with_the_likeliest(room: Path) -> None:
+    done = ask(room, "--json", "--choices", "left", "right", "it stays where it is")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert set(answer["scores"]) == {"left", "right", "it stays where it is"}
+    assert answer["choice"] == max(answer["scores"], key=answer["scores"].get)
+    assert ask(room, "--choices", "left", "right", "it stays where it is").stdout == answer["choice"] + "\n"
+
+
+def test_asking_needs_none_of_the_packages_that_only_an_export_needs(room: Path, tmp_path: Path) -> None:
+    for name in ("torch", "onnx", "onnxscript", "transformers", "safetensors"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name='{name}')")
+    without = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = run("ask", "tiny.vlrt", "clip.mp4", QUESTION, "--max-tokens", 2, cwd=room, env=without)
+    assert (done.returncode, done.stderr) == (0, "")
+    fails(run("export", "tiny", "-o", "again.vlrt", cwd=room, env=without), "vlrt[export]")
+
+
+def test_info_of_a_bundle(room: Path) -> None:
+    facts = json.loads(run("info", "tiny.vlrt", "--json", cwd=room).stdout)
+    assert (facts["kind"], facts["backend"], facts["precision"]) == ("bundle", "ort", "fp32")
+    assert facts["model"]["text_position_after_video"] == "largest"
+    assert facts["model"]["latent"]["num_latents"] > 0
+    assert facts["parity"]
+    assert all(row["ok"] for row in facts["parity"])
+    text = run("info", "tiny.vlrt", cwd=room).stdout
+    for word in ("text_position_after_video", "largest", "latent.num_latents", "parity"):
+        assert word in text
+
+
+def test_info_of_a_checkpoint(room: Path) -> None:
+    facts = json.loads(run("info", "tiny", "--json", cwd=room).stdout)
+    assert (facts["kind"], facts["name"]) == ("checkpoint", "tiny")
+    assert "parity" not in facts
+
+
+def test_doctor_gives_a_reason_for_every_backend(tmp_path: Path) -> None:
+    done = run("doctor", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert {row["name"]: row["available"] for row in facts["abilities"]}["ort backend, CPU"]
+    assert all(row["reason"] for row in facts["abilities"])
+    assert "tensorrt backend" in run("doctor", cwd=tmp_path).stdout
+
+
+def test_init_writes_a_checkpoint_that_info_reads(tmp_path: Path) -> None:
+    assert run("init", "fresh", "--shape", "tiny", "--seed", 3, cwd=tmp_path).stdout == "fresh\n"
+    assert run("info", "fresh", cwd=tmp_path).returncode == 0
+
+
+def test_version(tmp_path: Path) -> None:
+    assert run("--version", cwd=tmp_path).stdout == f"vlrt {vlrt.__version__}\n"
+
+
+@pytest.mark.parametrize("bundle", ["missing.vlrt", "empty", "clip.mp4", "tiny"])
+def test_what_is_no_bundle_is_refused_by_name(room: Path, bundle: str) -> None:
+    (room / "empty").mkdir(exist_ok=True)
+    fails(run("ask", bundle, "clip.mp4", QUESTION, cwd=room), bundle)
+
+
+@pytest.mark.parametrize("path", ["missing", "empty", "clip.mp4"])
+def test_info_refuses_what_it_does_not_know(room: Path, path: str) -> None:
+    (room / "empty").mkdir(exist_ok=True)
+    fails(run("info", path, cwd=room), path)
+
+
+def test_missing_video(room: Path) -> None:
+    fails(run("ask", "tiny.vlrt", "missing.mp4", QUESTION, cwd=room), "missing.mp4")
+
+
+def test_damaged_video(room: Path) -> None:
+    (room / "damaged.mp4").write_bytes(bytes(range(256)) * 64)
+    fails(run("ask", "tiny.vlrt", "damaged.mp4", QUESTION, cwd=room), "damaged.mp4")
+
+
+def test_a_file_name_cannot_break_the_line_or_reach_the_terminal(room: Path) -> None:
+    done = run("ask", "tiny.vlrt", "two\nlines\x1b[31m.mp4", QUESTION, cwd=room)
+    fails(done)
+    assert "\x1b" not in done.stderr
+
+
+def test_unknown_model_type_is_refused_by_name(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "tiny", shape="tiny", seed=0)
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    (tmp_path / "tiny" / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+    fails(run("export", "tiny", cwd=tmp_path), "llama")
+    assert not (tmp_path / "tiny.vlrt").exists()
+
+
+def test_export_does_not_replace_what_is_no_bundle(room: Path) -> None:
+    (room / "thesis").mkdir()
+    (room / "thesis" / "chapter1.txt").write_text("years of work")
+    fails(run("export", "tiny", "-o", "thesis", cwd=room), "thesis")
+    assert (room / "thesis" / "chapter1.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ([], "COMMAND"),
+        (["answer"], "answer"),
+        (["ask", "b", "v"], "QUESTION"),
+        (["ask", "b", "v", "q", "--frames", "8"], "--frames"),
+        (["ask", "b", "v", "q", "--reasoning", "loud"], "loud"),
+        (["ask", "b", "v", "q", "--num-frames", "0"], "'0'"),
+        (["ask", "b", "v", "q", "--fps", "nan"], "'nan'"),
+        (["ask", "b", "v", "q", "--num-frames", "8", "--fps", "1"], "--fps"),
+        (["ask", "b", "v", "q", "--stream", "--json"], "--stream"),
+        (["ask", "b", "v", "q", "--stream", "--choices", "A"], "--stream"),
+        (["export", "c", "--precision", "int3"], "int3"),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_names_the_argument(arguments: list[str], word: str, tmp_path: Path) -> None:
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert word in done.stderr.splitlines()[-1]
+
+
+def test_ctrl_c_ends_quietly_with_130(room: Path) -> None:
+    command = [sys.executable, "-m", "vlrt", "ask", "tiny.vlrt", "clip.mp4", QUESTION, "--reasoning", "cot", "--stream"]
+    command += ["--min-tokens", "4000", "--max-tokens", "4000"]
+    with subprocess.Popen(command, cwd=room, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)  # it answers: what is interrupted is vlrt at work, not Python starting
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in complaint
+
+
+def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "vlrt", "doctor"], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
