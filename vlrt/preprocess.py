@@ -1,0 +1,122 @@
+"""`Frames` to `Patches`: sizes, padding, normalisation, and the order in which Qwen's vision towers read patches.
+
+Knows `Vision`'s patch sizes and `Video`'s mean and std. Knows no file, no prompt and no tower.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlrt.config import Video, Vision
+from vlrt.errors import VideoError
+from vlrt.images import resize
+from vlrt.sampling import frame_size, image_size, size_factor
+from vlrt.video import Frames
+
+
+@dataclass(frozen=True)
+class Patches:
+    """What a vision tower reads, of all temporal patches or of a chunk of them.
+
+    Attributes:
+        pixels: [n, patch_dim] float32, normalised; n = t * h * w, in merge-window order; patch_dim runs over channel,
+            frame of the temporal patch, row, column.
+        grid_thw: patches (time, height, width) of these pixels.
+        seconds_per_temporal_patch: temporal_patch_size / sample_fps, fractional.
+        is_image: one still picture, without time.
+    """
+
+    pixels: NDArray[np.float32]
+    grid_thw: tuple[int, int, int]
+    seconds_per_temporal_patch: float
+    is_image: bool
+
+
+def resized(frames: Frames, video: Video, vision: Vision) -> Frames:
+    """Return frames at a size that the tower takes, T padded to a multiple of `temporal_patch_size`.
+
+    Frames that `load` resized already (their size is not the source's) stay; arrays are resized by the rules of
+    `sampling.frame_size` or `sampling.image_size`. Padding repeats the last frame and its time.
+
+    Raises:
+        VideoError: one side is more than 200 times the other.
+    """
+    data, times = frames.data, frames.pts_seconds
+    count, height, width, _ = data.shape
+    factor = size_factor(vision)
+    untouched = (height, width) == (frames.source_height, frames.source_width)
+    if untouched or height % factor or width % factor:
+        if frames.is_image:
+            size = image_size(height, width, video, vision)
+        else:
+            size = frame_size(height, width, count, video, vision)
+        if size != (height, width):
+            data = np.empty((count, *size, 3), np.uint8)
+            for i, picture in enumerate(frames.data):
+                data[i] = resize(picture, size)
+    missing = -count % vision.temporal_patch_size
+    if missing:
+        data = np.concatenate([data, np.repeat(data[-1:], missing, axis=0)])
+        times = np.concatenate([times, np.repeat(times[-1:], missing)])
+    return replace(frames, data=data, pts_seconds=times)
+
+
+def grid_of(frames: Frames, vision: Vision) -> tuple[int, int, int]:
+    """Return the patches (time, height, width) of frames that went through `resized`.
+
+    Raises:
+        VideoError: they did not.
+    """
+    count, height, width, _ = frames.data.shape
+    factor = size_factor(vision)
+    if count % vision.temporal_patch_size or height % factor or width % factor:
+        raise VideoError(
+            f"the frames are {list(frames.data.shape)}; accepted: T a multiple of {vision.temporal_patch_size}, "
+            f"H and W multiples of {factor}. Pass them through vlrt.preprocess.resized"
+        )
+    return count // vision.temporal_patch_size, height // vision.patch_size, width // vision.patch_size
+
+
+def patchify(frames: Frames, video: Video, vision: Vision, start: int = 0, stop: int | None = None) -> Patches:
+    """Return the normalised patches of temporal patches `start` to `stop` (exclusive; None: the last).
+
+    float32 pixels take 4 times the frames' memory: asked for in chunks, they exist for one chunk at a time.
+    Source: transformers, `Qwen2VLImageProcessor`: (value / 255 - mean) / std.
+
+    Args:
+        frames: as `resized` returns them.
+        video: mean and std per channel.
+        vision: patch sizes.
+        start: first temporal patch.
+        stop: the one after the last temporal patch.
+
+    Raises:
+        VideoError: the frames did not go through `resized`, or the range is empty or beyond them.
+    """
+    total, rows, columns = grid_of(frames, vision)
+    stop = total if stop is None else stop
+    if not 0 <= start < stop <= total:
+        raise VideoError(f"temporal patches {start} to {stop} were asked for; accepted: a range within 0 to {total}")
+    steps, size, merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
+    count = stop - start
+    blocks = frames.data[start * steps : stop * steps].reshape(
+        count, steps, rows // merge, merge, size, columns // merge, merge, size, 3
+    )
+    # (time, window row, window column, row, column in the window, channel, frame, row, column in the patch)
+    ordered = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(count * rows * columns, 3, steps * size * size)
+    pixels = np.empty(ordered.shape, np.float32)
+    for channel in range(3):
+        pixels[:, channel] = _normalised_levels(video.mean[channel], video.std[channel])[ordered[:, channel]]
+    return Patches(
+        pixels.reshape(len(pixels), vision.patch_dim),
+        (count, rows, columns),
+        steps / frames.sample_fps,
+        frames.is_image,
+    )
+
+
+def _normalised_levels(mean: float, std: float) -> NDArray[np.float32]:
+    """Return the normalised value [256] of each uint8 level: a look-up is faster than arithmetic on every pixel."""
+    levels = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+    return (levels - np.float32(mean)) / np.float32(std)
