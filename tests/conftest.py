@@ -1,0 +1,49 @@
+"""Shared fixtures: tiny checkpoints, written once per session from seeds. They are read-only by convention."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlrt import fresh
+from vlrt.checkpoint import Checkpoint
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
+    """Write and open a fresh checkpoint; keyword arguments of `fresh.write_checkpoint`. The same ones share a directory."""
+    written: dict[str, Checkpoint] = {}
+
+    def make(**settings: Any) -> Checkpoint:
+        key = repr(sorted(settings.items()))
+        if key not in written:
+            path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+            written[key] = Checkpoint.open(fresh.write_checkpoint(path, **{"randomize_all": True, **settings}))
+        return written[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(make_checkpoint: Callable[..., Checkpoint]) -> Checkpoint:
+    """Qwen2.5-VL, float32, flat names, 4 latents by the recurrent rollout through "mlp_xattn", nothing left at 0 or 1."""
+    return make_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_checkpoint(make_checkpoint: Callable[..., Checkpoint]) -> Checkpoint:
+    """Qwen2-VL: LayerNorm, no windows, no clock."""
+    return make_checkpoint(family="qwen2_vl")
+
+
+@pytest.fixture(scope="session")
+def plain_checkpoint(make_checkpoint: Callable[..., Checkpoint]) -> Checkpoint:
+    """Qwen2.5-VL without latents."""
+    return make_checkpoint(latent=None)
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tiny_checkpoint: Checkpoint) -> Path:
+    """The directory of `tiny_checkpoint`."""
+    return tiny_checkpoint.path
