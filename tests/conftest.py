@@ -12,7 +12,7 @@ from vlrt.checkpoint import Checkpoint
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
-    """Write and open a fresh checkpoint; keyword arguments of `fresh.write_checkpoint`. The same ones share a directory."""
+    """Write and open a fresh checkpoint, by the arguments of `fresh.write_checkpoint`; equal ones share a directory."""
     written: dict[str, Checkpoint] = {}
 
     def make(**settings: Any) -> Checkpoint:
@@ -27,7 +27,7 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., C
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(make_checkpoint: Callable[..., Checkpoint]) -> Checkpoint:
-    """Qwen2.5-VL, float32, flat names, 4 latents by the recurrent rollout through "mlp_xattn", nothing left at 0 or 1."""
+    """Qwen2.5-VL, float32, flat names, 4 recurrent latents through "mlp_xattn", no weight left at 0 or 1."""
     return make_checkpoint()
 
 

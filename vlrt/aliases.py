@@ -128,6 +128,11 @@ def foreign_module(stored: str) -> str | None:
     return next((what for pattern, what in _FOREIGN if pattern.search(stored)), None)
 
 
+def says_whether_tied(hf: Json) -> bool:
+    """Return whether a config.json says, at either level, if the output layer is the embedding table."""
+    return any("tie_word_embeddings" in part for part in (hf, _object(hf, "text_config")))
+
+
 def model_from_hf(
     hf: Json,
     *,
@@ -205,7 +210,7 @@ def _decoder(text: Json, hf: Json, vocab_size: int | None) -> Decoder:
                 f"hidden_size is {width!r}, num_attention_heads {heads!r}; accepted: a multiple, a divisor"
             )
         head_dim = width // heads
-    tie = any(part.get("tie_word_embeddings") is True for part in (hf, _object(hf, "text_config")))
+    tie = any(part.get("tie_word_embeddings") is True for part in (hf, _object(hf, "text_config")))  # as transformers
     kv_heads = text["num_key_value_heads"]
     values = {
         "hidden_size": width,

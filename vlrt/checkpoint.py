@@ -71,7 +71,7 @@ class Checkpoint:
                 vocab_size=_vocab_size(stored),
                 has_injection=any(name.startswith("latent_injection.") for name in stored),
             )
-            if "tie_word_embeddings" not in hf and "lm_head.weight" not in stored:
+            if "lm_head.weight" not in stored and not aliases.says_whether_tied(hf):
                 model = _tied(model)
             _check_tensors(model, stored)
         except (CheckpointError, ConfigError) as error:
