@@ -174,7 +174,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             rows += _flat(value, f"{prefix}{name}.")
-        elif name.endswith(("_bytes", "total", "available")) and isinstance(value, int):
+        elif "_bytes" in prefix + name and isinstance(value, int):
             rows.append((prefix + name, f"{value} ({value / 2**20:,.1f} MiB)"))
         elif isinstance(value, list | tuple):
             rows.append((prefix + name, ", ".join(map(str, value)) or "none"))
