@@ -175,9 +175,10 @@ def model_from_hf(
         {"text_position_after_video": hf["text_position_after_video"]} if "text_position_after_video" in hf else {}
     )
     latent = _latent(hf, added_tokens, has_injection)
-    if latent is not None and (latent.num_heads < 1 or decoder.hidden_size % latent.num_heads):
+    if latent is not None and not _fits(latent, decoder):
         raise ConfigError(
-            f"latent_num_heads is {latent.num_heads}; accepted: a divisor of the decoder's width {decoder.hidden_size}"
+            f"latent_num_heads is {latent.num_heads}, latent_intermediate_size {latent.intermediate_size}; accepted: a "
+            f"divisor of the decoder's width {decoder.hidden_size}, and 0 (that width) or more"
         )
     parts = {"vision": vision, "decoder": decoder, "latent": latent, "video": _video(hf, preprocessor)}
     parts["tokens"] = _tokens(hf, text, generation, added_tokens)
@@ -189,7 +190,7 @@ def _check_text(text: Json) -> None:
     """Refuse decoders that compute what vlrt does not."""
     if text["hidden_act"] != "silu":
         raise CheckpointError(f"the decoder's hidden_act is {text['hidden_act']!r}; accepted: 'silu'")
-    layers, windowed_from = text["num_hidden_layers"], text["max_window_layers"]
+    layers, windowed_from = _few(text["num_hidden_layers"], "num_hidden_layers"), text["max_window_layers"]
     kinds = text.get("layer_types")
     sliding = bool(text.get("use_sliding_window")) and (not isinstance(windowed_from, int) or windowed_from < layers)
     if sliding or (isinstance(kinds, list) and any(kind != "full_attention" for kind in kinds)):
@@ -215,7 +216,7 @@ def _decoder(text: Json, hf: Json, vocab_size: int | None) -> Decoder:
     values = {
         "hidden_size": width,
         "intermediate_size": text["intermediate_size"],
-        "num_layers": _few(text["num_hidden_layers"], "num_hidden_layers"),
+        "num_layers": text["num_hidden_layers"],
         "num_heads": heads,
         "num_kv_heads": heads if kv_heads is None else kv_heads,
         "head_dim": head_dim,
@@ -226,7 +227,10 @@ def _decoder(text: Json, hf: Json, vocab_size: int | None) -> Decoder:
         "max_positions": text["max_position_embeddings"],
         "tie_word_embeddings": tie,
     }
-    return config.from_dict(Decoder, values, path="decoder.")
+    decoder = config.from_dict(Decoder, values, path="decoder.")
+    if min(decoder.mrope_section) < 0:
+        raise ConfigError(f"mrope_section is {list(decoder.mrope_section)}; accepted: counts of frequencies, 0 or more")
+    return decoder
 
 
 def _vision(hf: Json, family: config.Family) -> Vision:
@@ -238,12 +242,14 @@ def _vision(hf: Json, family: config.Family) -> Vision:
     values |= {key: _square(hf[key]) for key in ("patch_size", "temporal_patch_size")}
     if family == "qwen2_vl":
         width, ratio = hf["embed_dim"], hf["mlp_ratio"]
-        if not (_is_count(width) and isinstance(ratio, int | float)):
-            raise CheckpointError(f"vision_config has embed_dim {width!r} and mlp_ratio {ratio!r}; accepted: numbers")
+        if not (_is_count(width) and isinstance(ratio, int | float) and 0 < ratio < MAX_LAYERS):
+            raise CheckpointError(f"vision_config has embed_dim {width!r} and mlp_ratio {ratio!r}; accepted: above 0")
         sizes = {"hidden_size": width, "intermediate_size": int(width * ratio), "out_hidden_size": hf["hidden_size"]}
         return config.from_dict(Vision, {**values, **sizes}, path="vision.")
     sizes = {key: hf[key] for key in ("hidden_size", "intermediate_size", "out_hidden_size", "window_size")}
     sizes |= {"tokens_per_second": hf["tokens_per_second"], "full_attention_layers": hf["fullatt_block_indexes"]}
+    if not isinstance(hf["tokens_per_second"], int | float) or not hf["tokens_per_second"] > 0:
+        raise CheckpointError(f"vision_config has tokens_per_second {hf['tokens_per_second']!r}; accepted: above 0")
     return config.from_dict(Vision, {**values, **sizes}, path="vision.")
 
 
@@ -269,7 +275,10 @@ def _video(hf: Json, preprocessor: Json) -> Video:
         for theirs, ours in (("image_mean", "mean"), ("image_std", "std"))
         if theirs in preprocessor
     }
-    return config.from_dict(Video, {**values, **_object(hf, "video_sampling")}, path="video_sampling.")
+    video = config.from_dict(Video, {**values, **_object(hf, "video_sampling")}, path="video_sampling.")
+    if min(video.std) <= 0:
+        raise ConfigError(f"the preprocessor's image_std is {list(video.std)}; accepted: numbers above 0")
+    return video
 
 
 def _tokens(hf: Json, text: Json, generation: Json, added_tokens: Mapping[str, int]) -> Tokens:
@@ -306,6 +315,10 @@ def _latent(hf: Json, added_tokens: Mapping[str, int], has_injection: bool) -> L
             values = {"num_latents": size, "injection": "identity", "stop": system.stop}
             return _with_tokens(values, system.name, system.tokens, hf, added_tokens)
     return None
+
+
+def _fits(latent: Latent, decoder: Decoder) -> bool:
+    return latent.num_heads > 0 and decoder.hidden_size % latent.num_heads == 0 and latent.intermediate_size >= 0
 
 
 def _with_tokens(

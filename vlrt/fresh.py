@@ -208,6 +208,10 @@ def fresh_model(
         part = parts
         for key in outer:
             part = part.setdefault(key, {})
+            if not isinstance(part, dict):
+                raise ConfigError(
+                    f"overrides name {name}, but {key} is a value; accepted: dotted fields of config.Model"
+                )
         part[last] = value
     return config.from_dict(config.Model, {"family": family, **parts})
 
