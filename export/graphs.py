@@ -4,6 +4,9 @@ The model is on the "meta" device throughout, so that a graph of any size takes 
 them later, one tensor at a time. Knows models/ and names.py; no files.
 """
 
+import contextlib
+import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,20 +116,35 @@ def trace(graph: names.Graph, module: nn.Module, fixed: dict[str, int]) -> ir.Mo
         for t in graph.inputs
     )
     dynamic = tuple({i: free[d] for i, d in enumerate(t.shape) if d in free} for t in graph.inputs)
-    exported = torch.export.export(module.eval(), args, dynamic_shapes=(dynamic,))
-    program: Any = torch.onnx.export(
-        exported,
-        custom_translation_table=translate.TABLE,
-        opset_version=translate.OPSET,
-        optimize=False,
-        verbose=False,
-        dynamo=True,
-    )
+    with _quiet():
+        exported = torch.export.export(module.eval(), args, dynamic_shapes=(dynamic,))
+        program: Any = torch.onnx.export(
+            exported,
+            custom_translation_table=translate.TABLE,
+            opset_version=translate.OPSET,
+            optimize=False,
+            verbose=False,
+            dynamo=True,
+        )
     model: ir.Model = program.model
     _rename(model, graph)
     _strip(model)
     translate.attach_functions(model)
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notes about itself (torchvision absent, a deprecated treespec check) from our users."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _rename(model: ir.Model, graph: names.Graph) -> None:

@@ -162,7 +162,8 @@ def _schema(name: str, inputs: list[str], outputs: list[str], attributes: dict[s
 
 def _node(schema: OpSchema) -> Callable[..., Any]:
     """Return a callable that emits one node of a schema into the graph under construction."""
-    return values.Op(_vlrt, schema.name, schema)
+    emit: Callable[..., Any] = values.Op(_vlrt, schema.name, schema)
+    return emit
 
 
 _ATTENTION = ["q", "k", "v", "cos", "sin"]

@@ -231,6 +231,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if len(kinds) != len(value):
             raise ConfigError(f"{path} has {len(value)} values; accepted: {len(kinds)}")
         return tuple(_convert(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} is {value!r}; accepted: an object")
+        return {str(k): _convert(typing.get_args(hint)[1], v, f"{path}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, path=f"{path}.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlrt import config
 from vlrt.errors import ConfigError
 
 Array = Any  # NumPy or torch, [rows, C]
+Floats = NDArray[np.float32]
 Ablation = Literal["dummy", "noise", "shuffled"]
 ABLATIONS: tuple[Ablation, ...] = ("dummy", "noise", "shuffled")
 
@@ -87,12 +89,12 @@ def feed_given(steps: Steps, latents: Array, end_embed: Array) -> Array:
 
 def ablate(
     kind: Ablation,
-    own: np.ndarray,
+    own: Floats,
     *,
-    pad_embed: np.ndarray | None = None,
-    other: np.ndarray | None = None,
+    pad_embed: Floats | None = None,
+    other: Floats | None = None,
     seed: int = 0,
-) -> np.ndarray:
+) -> Floats:
     """Return what an ablation puts in place of a sample's own latents, [L, C] float32.
 
     Args:
@@ -109,7 +111,8 @@ def ablate(
     if kind == "noise":
         noise = np.random.default_rng(seed).standard_normal(own.shape).astype(np.float32)
         norms = np.linalg.norm(own, axis=-1, keepdims=True) / np.linalg.norm(noise, axis=-1, keepdims=True)
-        return noise * norms
+        scaled: Floats = noise * norms
+        return scaled
     if kind == "dummy" and pad_embed is not None:
         return np.repeat(pad_embed, len(own), axis=0)
     if kind == "shuffled" and other is not None:

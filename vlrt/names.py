@@ -56,7 +56,7 @@ LATENT_MEMORY = Graph("latent_memory", (POOLED,), (MEMORY_K, MEMORY_V))
 
 def vision(*, windowed: bool) -> Graph:
     """The vision tower; `windowed` towers (Qwen2.5-VL) also take the order and bounds of their windows."""
-    inputs = (PIXELS, VISION_COS, VISION_SIN, CU_SEQLENS)
+    inputs: tuple[Tensor, ...] = (PIXELS, VISION_COS, VISION_SIN, CU_SEQLENS)
     if windowed:
         inputs += (WINDOW_INDEX, WINDOW_REVERSE, CU_WINDOW_SEQLENS)
     return Graph("vision", inputs, (VIDEO_TOKENS,))

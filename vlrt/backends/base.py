@@ -51,5 +51,8 @@ class Backend(Protocol):
     def join(self, parts: list[Array]) -> Array:
         """Concatenate rows."""
 
+    def lift(self, rows: Floats) -> Array:
+        """Make rows of NumPy an array of the engine's kind."""
+
     def close(self) -> None:
         """Free what the engine holds."""

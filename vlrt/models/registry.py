@@ -51,8 +51,9 @@ def load(module: nn.Module, fetch: Fetch, *, prefix: str = "", dtype: torch.dtyp
     state = {
         name: fetch(prefix + name).reshape(parameter.shape).to(dtype) for name, parameter in module.named_parameters()
     }
-    tied = {name: state[name] for name in ()} if not isinstance(module, VideoLatent) else _tied(module, state)
-    module.load_state_dict({**state, **tied}, assign=True)
+    if isinstance(module, VideoLatent) and module.cfg.decoder.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    module.load_state_dict(state, assign=True)
     module.requires_grad_(False)
 
 
@@ -83,8 +84,3 @@ def _units(model: VideoLatent) -> Iterator[tuple[str, nn.Module]]:
             yield f"{name}.{i}.", layer
     yield "model.norm.", model.model.norm
     yield ("model.embed_tokens." if model.cfg.decoder.tie_word_embeddings else "lm_head."), model.lm_head
-
-
-def _tied(model: VideoLatent, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    tie = model.cfg.decoder.tie_word_embeddings
-    return {"lm_head.weight": state["model.embed_tokens.weight"]} if tie else {}

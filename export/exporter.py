@@ -1,0 +1,197 @@
+"""`vlrt export`: a checkpoint directory in, a verified bundle out, or nothing.
+
+Orders the work: check what was given, write tables, graphs and text files into a temporary directory, hold the result
+against PyTorch, put it in place.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+import vlrt
+from vlrt import bundle, config, prompt
+from vlrt.backends import select
+from vlrt.backends.torch import TorchBackend, weights_of
+from vlrt.bundle import Bundle, Manifest, Precision, Table
+from vlrt.checkpoint import Checkpoint, expected_tensors
+from vlrt.errors import CheckpointError, ConfigError, ExportError
+from vlrt.export import graphs, onnx, quantize, verify
+from vlrt.models import registry
+
+Progress = Callable[[str, float], None]
+
+_WRITE_SHARE = 0.7  # of the progress bar; the gate has the rest
+_TABLE_ROWS = 8192  # rows converted at a time
+
+
+def export(
+    checkpoint_path: str | Path,
+    out: str | Path | None = None,
+    *,
+    backend: str = "ort",
+    precision: str = "fp32",
+    progress: Progress | None = None,
+) -> Path:
+    """Export a checkpoint to a bundle.
+
+    Args:
+        checkpoint_path: a Hugging Face directory of the Qwen2-VL or Qwen2.5-VL family.
+        out: where the bundle goes; None: `<checkpoint name>.vlrt` in the working directory. A bundle there is replaced.
+        backend: "ort".
+        precision: "fp32", or "int8" (linear layers: per-channel weights, per-token activations).
+        progress: told what is being done and which fraction of the whole is done.
+
+    Returns:
+        The path of the bundle.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        ExportError: the output path or the disk cannot be used, or the result differs from the PyTorch reference.
+        ConfigError: backend or precision is unknown.
+    """
+    if backend not in get_args(bundle.BackendName):
+        raise ConfigError(f"backend is {backend!r}; accepted: {', '.join(get_args(bundle.BackendName))}")
+    if precision not in get_args(Precision):
+        raise ConfigError(f"precision is {precision!r}; accepted: {', '.join(get_args(Precision))}")
+    kind: Precision = "int8" if precision == "int8" else "fp32"
+    tell = progress or (lambda label, fraction: None)
+    checkpoint = Checkpoint.open(checkpoint_path)
+    tokenizer = _tokenizer(checkpoint)
+    _check_supported(checkpoint.model)
+    target = Path(out) if out is not None else Path(f"{checkpoint.name}.vlrt")
+    with bundle.writing(target) as directory:
+        _check_disk(directory, checkpoint, kind)
+        manifest = _write(checkpoint, directory, kind, tell)
+        parity = verify.check(
+            select.load(Bundle.open(directory), backend),
+            lambda: TorchBackend(checkpoint, streamed=True),
+            tokenizer,
+            kind,
+            lambda done: tell("comparing with PyTorch", _WRITE_SHARE + (1 - _WRITE_SHARE) * done),
+        )
+        bundle.save_manifest(directory, dataclasses.replace(manifest, parity=parity))
+        if failed := [row for row in parity if not row.ok]:
+            raise ExportError(
+                "the exported graphs differ from PyTorch, so no bundle was written: "
+                + "; ".join(f"{r.name} {r.value:.3g} (limit {r.limit:.3g})" for r in failed)
+                + (". Export with --precision fp32" if kind == "int8" else ". Please report this checkpoint")
+            )
+    return target
+
+
+def _write(checkpoint: Checkpoint, directory: Path, precision: Precision, tell: Progress) -> Manifest:
+    """Write every file of a bundle except what the gate adds; return its manifest."""
+    cfg = checkpoint.model
+    tensor = weights_of(checkpoint)
+    total, done = _weight_bytes(cfg, precision), 0
+
+    def fetch(name: str) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = tensor(name).float().numpy()
+        return array
+
+    def wrote(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        tell("writing weights", _WRITE_SHARE * min(done / total, 1.0))
+
+    embed = _write_table(checkpoint, "model.embed_tokens.weight", "embed.bin", directory, precision, wrote)
+    head = queries = None
+    if not cfg.decoder.tie_word_embeddings:
+        head = _write_table(checkpoint, "lm_head.weight", "lm_head_rows.bin", directory, precision, wrote)
+    if cfg.latent is not None and cfg.latent.rollout == "parallel":
+        queries = _write_table(checkpoint, "latent_injection.queries", "queries.bin", directory, "fp32", wrote)
+    names = []
+    for graph, model in graphs.trace_all(registry.build(cfg)):
+        tell(f"writing graph {graph.name}", _WRITE_SHARE * min(done / total, 1.0))
+        recipes = quantize.lower_linears(model, precision)
+        if recipes.pop(quantize.HEAD, None) is not None:
+            onnx.share_table(model, quantize.HEAD, head or embed, directory)
+        onnx.write_graph(model, directory, recipes, fetch, wrote)
+        names.append(graph.name)
+    for name in prompt.FILES:
+        if (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, directory / name)
+    manifest = Manifest(
+        schema_version=bundle.SCHEMA_VERSION,
+        vlrt_version=vlrt.__version__,
+        checkpoint=checkpoint.name,
+        backend="ort",
+        precision=precision,
+        model=cfg,
+        graphs=tuple(names),
+        embed=embed,
+        head=head,
+        queries=queries,
+        parity=(),
+        files=bundle.hash_files(directory),
+    )
+    bundle.save_manifest(directory, manifest)
+    return manifest
+
+
+def _write_table(
+    checkpoint: Checkpoint,
+    name: str,
+    file: str,
+    directory: Path,
+    precision: Precision,
+    wrote: Callable[[int], None],
+) -> Table:
+    """Write a matrix row after row: float32 in fp32 bundles, else in the checkpoint's own dtype."""
+    import torch
+
+    tensor = checkpoint.tensor(name)
+    stored: dict[torch.dtype, bundle.TableDtype] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    dtype = "float32" if precision == "fp32" else stored.get(tensor.dtype, "float32")
+    with (directory / file).open("wb") as out:
+        for start in range(0, len(tensor), _TABLE_ROWS):
+            rows = tensor[start : start + _TABLE_ROWS].contiguous()
+            array = rows.view(torch.uint16).numpy() if dtype == "bfloat16" else rows.to(getattr(torch, dtype)).numpy()
+            array.tofile(out)
+            wrote(array.nbytes)
+    return Table(file, dtype, *tensor.shape)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> prompt.Tokenizer:
+    try:
+        tokenizer = prompt.Tokenizer.open(checkpoint.path)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    return tokenizer
+
+
+def _check_supported(cfg: config.Model) -> None:
+    """Refuse what ONNX Runtime's attention cannot run."""
+    if cfg.decoder.head_dim % 16:
+        raise ExportError(
+            f"decoder.head_dim is {cfg.decoder.head_dim}; the ort backend's GroupQueryAttention takes multiples of 16"
+        )
+
+
+def _weight_bytes(cfg: config.Model, precision: Precision) -> int:
+    """Estimate the bytes of a bundle's weights from above."""
+    tensors = expected_tensors(cfg)
+    count = {name: int(np.prod(shape)) for name, shape in tensors.items()}
+    tables = sum(n for name, n in count.items() if name in ("model.embed_tokens.weight", quantize.HEAD))
+    rest = sum(count.values()) - tables
+    if precision == "fp32":
+        return 4 * (rest + tables)
+    return rest + 4 * tables + count["model.embed_tokens.weight"] + 4 * sum(
+        n for name, n in count.items() if name.startswith("latent_injection.")
+    )
+
+
+def _check_disk(directory: Path, checkpoint: Checkpoint, precision: Precision) -> None:
+    with contextlib.suppress(OSError):
+        free, need = shutil.disk_usage(directory).free, _weight_bytes(checkpoint.model, precision)
+        if free < need:
+            raise ExportError(
+                f"the bundle takes about {need / 1e9:.1f} GB, {directory.parent} has {free / 1e9:.1f} GB free; free "
+                "space or choose another -o"
+            )

@@ -1,0 +1,198 @@
+"""The stages of a bundle on ONNX Runtime's CPU provider.
+
+The KV cache is bound as input and output of the same graph run, so that nothing of it is copied. Knows graphs by
+names.py and tables by the manifest; no video, no text.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from vlrt import names, positions
+from vlrt.backends.base import Floats, Ids
+from vlrt.bundle import Bundle, Table, widen
+from vlrt.errors import BundleError
+from vlrt.kv_cache import KVCache
+
+_DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(int64)": "int64"}
+
+
+class BoundCache(KVCache):
+    """A KV cache with the I/O binding that hands it to the decoder graph."""
+
+    binding: Any
+
+
+class OrtBackend:
+    """See `base.Backend`. Arrays are NumPy float32.
+
+    Args:
+        bundle: an opened bundle; every file that is loaded is verified first.
+        threads: threads of one graph run; None: one per core that this process may use.
+
+    Raises:
+        BundleError: a file is damaged, or a graph does not load or breaks the contract of names.py.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        self.model = bundle.model
+        self.threads = threads or num_usable_cores()
+        manifest = bundle.manifest
+        self._embed = bundle.table(manifest.embed)
+        self._head = self._embed if manifest.head is None else bundle.table(manifest.head)
+        self._queries = self._read(bundle, manifest.queries)
+        windowed = self.model.vision.window_size > 0
+        self._vision = self._load(bundle, names.vision(windowed=windowed))
+        self._decoder_graph = names.decoder(self.model.decoder.num_layers)
+        self._decoder = self._load(bundle, self._decoder_graph)
+        self._lm_head = self._load(bundle, names.LM_HEAD)
+        injection = self.model.latent.injection if self.model.latent else "identity"
+        self._looks_at_video = injection == "mlp_xattn"
+        self._latent = self._latent_memory = None
+        if injection != "identity":
+            self._latent = self._load(bundle, names.latent(looks_at_video=self._looks_at_video))
+        if self._looks_at_video:
+            self._latent_memory = self._load(bundle, names.LATENT_MEMORY)
+
+    def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Floats:
+        """See `base.Backend`."""
+        vision = self.model.vision
+        cos, sin = positions.vision_cos_sin(grid_thw, vision)
+        feeds: dict[str, NDArray[Any]] = {
+            names.PIXELS.name: pixels,
+            names.VISION_COS.name: cos,
+            names.VISION_SIN.name: sin,
+            names.CU_SEQLENS.name: positions.frame_seqlens(grid_thw),
+        }
+        if vision.window_size:
+            order, bounds = positions.window_index(grid_thw, vision)
+            feeds[names.WINDOW_INDEX.name] = order
+            feeds[names.WINDOW_REVERSE.name] = np.argsort(order)
+            feeds[names.CU_WINDOW_SEQLENS.name] = bounds
+        out: Floats = self._vision.run(None, feeds)[0]
+        return out
+
+    def embed(self, ids: Ids) -> Floats:
+        """See `base.Backend`."""
+        return widen(self._embed[ids])
+
+    def prepare(self, capacity: int) -> BoundCache:
+        """See `base.Backend`."""
+        cache = BoundCache(self.model.decoder, capacity)
+        binding = self._decoder.io_binding()
+        graph = self._decoder_graph
+        fixed = [cache.cos, cache.sin, cache.past_length, *cache.keys, *cache.values]
+        for tensor, array in zip(graph.inputs[1:], fixed, strict=True):
+            binding.bind_input(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for tensor, array in zip(graph.outputs[1:], [*cache.keys, *cache.values], strict=True):
+            binding.bind_output(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        cache.binding = binding
+        return cache
+
+    def decode(self, cache: KVCache, inputs_embeds: Floats, cos: Floats, sin: Floats) -> Floats:
+        """See `base.Backend`."""
+        assert isinstance(cache, BoundCache), "the cache must come from this backend's prepare"
+        cache.place(cos, sin)
+        given = np.ascontiguousarray(inputs_embeds, np.float32)[None]
+        hidden = np.empty_like(given)
+        binding = cache.binding
+        for bind, name, array in (
+            (binding.bind_input, names.INPUTS_EMBEDS.name, given),
+            (binding.bind_output, names.LAST_HIDDEN_STATE.name, hidden),
+        ):
+            bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        self._decoder.run_with_iobinding(binding)
+        cache.advance(len(inputs_embeds))
+        out: Floats = hidden[0]
+        return out
+
+    def logits(self, hidden: Floats) -> Floats:
+        """See `base.Backend`."""
+        out: Floats = self._lm_head.run(None, {names.HIDDEN.name: hidden})[0]
+        return out
+
+    def row_logits(self, hidden: Floats, ids: Ids) -> Floats:
+        """See `base.Backend`."""
+        out: Floats = widen(self._head[ids]) @ hidden[0]
+        return out
+
+    def remember(self, pooled: Floats) -> list[Floats]:
+        """See `base.Backend`."""
+        if self._latent_memory is None:
+            return []
+        memory: list[Floats] = self._latent_memory.run(None, {names.POOLED.name: pooled[None]})
+        return memory
+
+    def inject(self, hidden: Floats, memory: list[Floats]) -> Floats:
+        """See `base.Backend`."""
+        if self._latent is None:
+            return hidden
+        feeds = {names.LATENT_HIDDEN.name: hidden[None]}
+        if self._looks_at_video:
+            feeds[names.MEMORY_K.name], feeds[names.MEMORY_V.name] = memory
+        out: Floats = self._latent.run(None, feeds)[0][0]
+        return out
+
+    def queries(self) -> Floats | None:
+        """See `base.Backend`."""
+        return self._queries
+
+    def join(self, parts: list[Floats]) -> Floats:
+        """See `base.Backend`."""
+        return np.concatenate(parts)
+
+    def lift(self, rows: Floats) -> Floats:
+        """See `base.Backend`."""
+        return rows
+
+    def close(self) -> None:
+        """See `base.Backend`."""
+        del self._vision, self._decoder, self._lm_head, self._latent, self._latent_memory, self._embed, self._head
+
+    def _load(self, bundle: Bundle, graph: names.Graph) -> ort.InferenceSession:
+        """Verify the files of a graph, load it, and hold its inputs and outputs against the contract."""
+        if graph.name not in bundle.manifest.graphs:
+            raise BundleError(f"{bundle.path} has no graph {graph.name!r}; export it again")
+        path = bundle.file(f"{graph.name}.onnx")
+        for name in _weight_files(bundle, graph.name):
+            bundle.file(name)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3  # warnings about fusions are no concern of the caller
+        try:
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a class of its own per status code, all below Exception
+            raise BundleError(f"{path} does not load in onnxruntime {ort.__version__}: {error}") from error
+        _check_contract(path, session, graph)
+        return session
+
+    @staticmethod
+    def _read(bundle: Bundle, table: Table | None) -> Floats | None:
+        return None if table is None else widen(bundle.table(table))
+
+
+def num_usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _weight_files(bundle: Bundle, graph: str) -> list[str]:
+    return [name for name in bundle.manifest.files if name == f"{graph}.bin"]
+
+
+def _check_contract(path: Path, session: ort.InferenceSession, graph: names.Graph) -> None:
+    for have, want in (
+        *zip(session.get_inputs(), graph.inputs, strict=False),
+        *zip(session.get_outputs(), graph.outputs, strict=False),
+    ):
+        if (have.name, _DTYPES.get(have.type), len(have.shape)) != (want.name, want.dtype, len(want.shape)):
+            raise BundleError(
+                f"{path} has a tensor {have.name} {have.type} {have.shape}, expected {want.name} {want.dtype} "
+                f"{list(want.shape)}; export the bundle again"
+            )
+    if (len(session.get_inputs()), len(session.get_outputs())) != (len(graph.inputs), len(graph.outputs)):
+        raise BundleError(f"{path} has other inputs or outputs than this version of vlrt knows; export it again")

@@ -1,0 +1,278 @@
+"""A bundle: the directory that an export writes and a Runtime opens.
+
+manifest.json names every file with its size and sha256, and holds the config, the precision and the parity record of
+the export. Bundles are written to a temporary sibling and renamed, so that a path holds a whole bundle or none.
+Knows files, no engine. Format: docs/design.md.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlrt import config
+from vlrt.errors import BundleError, ConfigError, ExportError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 * 1024**2
+_BLOCK_BYTES = 4 * 1024**2
+
+Precision = Literal["fp32", "int8"]
+BackendName = Literal["ort"]
+TableDtype = Literal["float32", "bfloat16", "float16"]
+_STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2")}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and hash of one file of a bundle."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A matrix [rows, columns] in a file of its own, row after row, little-endian: read by rows, memory-mapped."""
+
+    file: str
+    dtype: TableDtype
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the parity record: a bundle's output held against the PyTorch reference."""
+
+    name: str
+    value: float
+    limit: float
+    ok: bool
+    at_least: bool = False  # whether value must be at least the limit; else at most
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json holds."""
+
+    schema_version: int
+    vlrt_version: str
+    checkpoint: str
+    backend: BackendName
+    precision: Precision
+    model: config.Model
+    graphs: tuple[str, ...]  # names of names.py; the file of each is <name>.onnx
+    embed: Table
+    head: Table | None  # rows of the output head; None: they are those of `embed`
+    queries: Table | None  # of the parallel rollout
+    parity: tuple[Check, ...]
+    files: dict[str, FileRecord]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its manifest was read and checked, its other files only looked for."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Bundle":
+        """Read the manifest of a bundle and look for its files.
+
+        Raises:
+            BundleError: not a bundle, written by another schema version, damaged, or files are missing or of another
+                size.
+        """
+        directory = Path(path)
+        if not directory.is_dir():
+            hint = "; it is a file" if directory.exists() else ""
+            raise BundleError(f"{directory} is not a bundle{hint}; accepted: a directory that `vlrt export` wrote")
+        if not (directory / MANIFEST).is_file():
+            hint = "; it is a checkpoint: export it first" if (directory / "config.json").is_file() else ""
+            raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}{hint}")
+        bundle = cls(directory, _read_manifest(directory / MANIFEST))
+        for name, record in bundle.manifest.files.items():
+            bundle._check_size(name, record)
+        return bundle
+
+    @property
+    def model(self) -> config.Model:
+        """The model's config."""
+        return self.manifest.model
+
+    @property
+    def precision(self) -> str:
+        """Precision of the weights: fp32 or int8."""
+        return self.manifest.precision
+
+    @property
+    def backend(self) -> str:
+        """Engine that the graphs were written for."""
+        return self.manifest.backend
+
+    @property
+    def parity(self) -> tuple[Check, ...]:
+        """The parity record of the export."""
+        return self.manifest.parity
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(record.num_bytes for record in self.manifest.files.values())
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file whose content was just found to have the hash of the manifest.
+
+        Raises:
+            BundleError: the file is not of this bundle, or is damaged.
+        """
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise BundleError(f"{self.path} has no file {name!r} in its manifest; export it again")
+        self._check_size(name, record)
+        if (found := sha256(self.path / name)) != record.sha256:
+            raise BundleError(
+                f"{self.path / name} is damaged: its sha256 is {found[:16]}..., the manifest says "
+                f"{record.sha256[:16]}...; copy or export the bundle again"
+            )
+        return self.path / name
+
+    def table(self, table: Table) -> NDArray[Any]:
+        """Memory-map a table, [rows, columns] in its stored dtype (bfloat16 as uint16); `widen` makes rows float32."""
+        stored = _STORED[table.dtype]
+        if self.manifest.files[table.file].num_bytes != table.rows * table.columns * stored.itemsize:
+            raise BundleError(
+                f"{self.path / table.file} does not hold {table.rows} x {table.columns} values of {table.dtype}; "
+                "export the bundle again"
+            )
+        return np.memmap(self.file(table.file), stored, mode="r", shape=(table.rows, table.columns))
+
+    def _check_size(self, name: str, record: FileRecord) -> None:
+        try:
+            found = (self.path / name).stat().st_size
+        except OSError:
+            raise BundleError(f"{self.path} lacks its file {name}; copy or export the bundle again") from None
+        if found != record.num_bytes:
+            raise BundleError(
+                f"{self.path / name} has {found} bytes, the manifest says {record.num_bytes}; copy or export the "
+                "bundle again"
+            )
+
+
+def widen(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Return stored table rows as a new float32 array; uint16 means bfloat16."""
+    if rows.dtype == np.uint16:
+        bits: NDArray[np.uint32] = rows.astype(np.uint32) << 16
+        return bits.view(np.float32)
+    return rows.astype(np.float32)
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `out` to write a bundle into, and put it in place of `out` when the block ends well.
+
+    On any error, and on an interruption, the temporary directory is removed and what was at `out` stays.
+
+    Raises:
+        ExportError: `out` exists and is not a bundle, its parent cannot be written to, or the disk is full.
+    """
+    if out.is_symlink() or (out.exists() and not (out / MANIFEST).is_file() and not _is_empty(out)):
+        raise ExportError(
+            f"{out} exists and is not a bundle; accepted: a new path, an empty directory, or a bundle to replace"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:
+        raise ExportError(f"cannot write to {out.parent}: {error.strerror}") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        _replace(temporary, out)
+    except OSError as error:
+        raise ExportError(f"cannot write {out}: {error.strerror or error}; free space or choose another -o") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def hash_files(directory: Path) -> dict[str, FileRecord]:
+    """Return the record of every file in a directory, by its path inside; manifest.json excepted."""
+    names = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+    return {
+        name: FileRecord((directory / name).stat().st_size, sha256(directory / name))
+        for name in names
+        if name != MANIFEST
+    }
+
+
+def save_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write manifest.json."""
+    text = json.dumps(config.to_dict(manifest), indent=1, sort_keys=True)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    """Rename a directory over another: two renames, the old one kept until the new one is there."""
+    if not out.exists():
+        temporary.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    out.rename(old / out.name)
+    try:
+        temporary.rename(out)
+    except OSError:
+        (old / out.name).rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes; export the bundle again")
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read as JSON ({error}); export the bundle again") from error
+    if not isinstance(values, dict):
+        raise BundleError(f"{path} holds a {type(values).__name__}; accepted: an object; export the bundle again")
+    version = values.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise BundleError(f"{path} has schema version {version!r}; accepted: {SCHEMA_VERSION}; export the bundle again")
+    try:
+        manifest = config.from_dict(Manifest, values)
+        for name in manifest.files:
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                raise ConfigError(f"files names {name!r}; accepted: paths inside the bundle")
+        for table in filter(None, (manifest.embed, manifest.head, manifest.queries)):
+            if table.file not in manifest.files or table.rows < 1 or table.columns != manifest.model.decoder.hidden_size:
+                raise ConfigError(f"table {table.file!r} is not among the files, or of the wrong width")
+    except ConfigError as error:
+        raise BundleError(f"{path} is damaged: {error}; export the bundle again") from error
+    return manifest

@@ -1,0 +1,178 @@
+"""Prefill -> latents -> answer, greedily, on any backend. Knows no file, no text and no model.
+
+Source of the scheme: docs/latents.md. Decoding is greedy: the same question gives the same answer.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlrt import choices, latent, positions, prompt
+from vlrt.backends.base import Array, Backend
+from vlrt.errors import ConfigError
+
+Replace = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+PREFILL_CHUNK = 512  # positions per decoder pass: bounds the attention scores that a pass holds
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything that a model reads before it reasons.
+
+    Attributes:
+        embeds: [S, C], text embeddings with the video tokens in their places.
+        positions: [3, S] int64, M-RoPE.
+        next_position: position of the next text token.
+        pooled: [T_v, C], the video tokens, mean-pooled over space per temporal patch; one row of zeros without a video.
+    """
+
+    embeds: Array
+    positions: NDArray[np.int64]
+    next_position: int
+    pooled: Array
+
+
+def read(backend: Backend, built: prompt.Prompt, video_tokens: Array) -> Context:
+    """Put video tokens in their places among the embedded ids, and say where everything stands.
+
+    Args:
+        backend: embeds the ids.
+        built: ids and spans.
+        video_tokens: [N_v, C], of all spans one after the other.
+    """
+    cfg = backend.model
+    embeds = backend.embed(built.ids)
+    pooled, done = [], 0
+    for span in built.spans:
+        tokens = video_tokens[done : done + span.num_tokens]
+        embeds[span.start : span.start + span.num_tokens] = tokens
+        pooled.append(tokens.reshape(span.grid_thw[0], -1, tokens.shape[-1]).mean(1))
+        done += span.num_tokens
+    at, after = positions.mrope_positions(
+        built.ids,
+        built.spans,
+        tokens_per_second=cfg.vision.tokens_per_second,
+        spatial_merge_size=cfg.vision.spatial_merge_size,
+        rule=cfg.text_position_after_video,
+    )
+    return Context(embeds, at, after, backend.join(pooled) if pooled else 0 * embeds[:1])
+
+
+class Writer:
+    """A sequence under way: its cache, and where the next text token stands. Steps of rollouts, choices and answers."""
+
+    def __init__(self, backend: Backend, context: Context, room: int) -> None:
+        """Read a context into a new cache that has `room` slots beyond it.
+
+        Raises:
+            ConfigError: context and room exceed the positions that the model was made for.
+        """
+        length, limit = len(context.embeds), backend.model.decoder.max_positions
+        if length + room > limit:
+            raise ConfigError(
+                f"prompt and answer take up to {length} + {room} positions; this model has {limit}: ask with fewer or "
+                "smaller frames, or with a lower max_tokens"
+            )
+        self._backend = backend
+        self._memory: Any = None
+        self._cache = backend.prepare(length + room)
+        self._position = context.next_position
+        self._pending: list[int] = []
+        self.last_hidden = self._read(context)
+
+    def feed(self, embeds: Array) -> Array:
+        """Append embeds [S, C] at the next text positions; return their hidden states [S, C]."""
+        at = np.arange(self._position, self._position + len(embeds), dtype=np.int64)
+        tables = positions.mrope_cos_sin(np.stack([at, at, at]), self._backend.model.decoder)
+        hidden = self._backend.decode(self._cache, embeds, *tables)
+        self._position += len(embeds)
+        return hidden
+
+    def feed_token(self, token_id: int) -> Array:
+        """Append a token; return its hidden state [1, C]."""
+        return self.feed(self._backend.embed(np.array([token_id], np.int64)))
+
+    def rewind(self, count: int) -> None:
+        """Take the last `count` text positions back."""
+        self._cache.rewind(count)
+        self._position -= count
+
+    def inject(self, hidden: Array) -> Array:
+        """Map hidden states [L, C] to latents [L, C]."""
+        return self._backend.inject(hidden, self._memory)
+
+    def join(self, parts: list[Array]) -> Array:
+        """Concatenate rows."""
+        return self._backend.join(parts)
+
+    def reason(self, context: Context, replace: Replace | None = None) -> Array:
+        """Roll the latents out after the start token and return them.
+
+        Args:
+            context: the context that was read.
+            replace: for ablations: given the model's own latents [L, C] returns the ones to go on with.
+        """
+        plan = self._backend.model.latent
+        assert plan is not None, "the caller asks for latents of models that have them"
+        end = self._backend.embed(np.array([plan.end_token_id], np.int64))
+        self._memory = self._backend.remember(context.pooled)
+        latents, hidden = latent.roll_out(
+            plan, self, self.last_hidden, end, self._backend.queries(), lambda hidden: self._predicts(hidden, plan)
+        )
+        if replace is not None:
+            self.rewind(len(latents) + 1)
+            latents = self._backend.lift(replace(np.asarray(latents)))
+            hidden = latent.feed_given(self, latents, end)
+        self.last_hidden = hidden
+        return latents
+
+    def answer(self, *, max_tokens: int, min_tokens: int, eos: Sequence[int]) -> Iterator[int]:
+        """Yield the ids of the answer, without the token that ends it.
+
+        Args:
+            max_tokens: end after so many.
+            min_tokens: until there are so many, an end token is not taken.
+            eos: ids that end the answer.
+        """
+        for count in range(max_tokens):
+            logits = self._backend.logits(self._settle([]))[0]
+            if count < min_tokens:
+                logits = logits.copy()
+                logits[list(eos)] = -np.inf
+            token_id = int(logits.argmax())
+            if token_id in eos:
+                return
+            self._pending = [token_id]
+            yield token_id
+
+    def score(self, answers: Sequence[Sequence[int]], lead: Sequence[int] = ()) -> list[float]:
+        """Return the log probability of each answer, given that it is one of them.
+
+        Args:
+            answers: ids of each, ending in an end token.
+            lead: ids to append before the answer.
+        """
+        return choices.log_probabilities(answers, self._settle(lead), self, self._backend.row_logits)
+
+    def _settle(self, more: Sequence[int]) -> Array:
+        """Feed what was answered but not fed yet, and `more`; return the last hidden state [1, C]."""
+        ids, self._pending = [*self._pending, *more], []
+        if ids:
+            self.last_hidden = self.feed(self._backend.embed(np.array(ids, np.int64)))[-1:]
+        return self.last_hidden
+
+    def _read(self, context: Context) -> Array:
+        """Prefill in chunks; return the hidden state [1, C] of the last position."""
+        cos, sin = positions.mrope_cos_sin(context.positions, self._backend.model.decoder)
+        hidden: Array = None
+        for start in range(0, len(context.embeds), PREFILL_CHUNK):
+            chunk = slice(start, start + PREFILL_CHUNK)
+            hidden = self._backend.decode(self._cache, context.embeds[chunk], cos[chunk], sin[chunk])
+        return hidden[-1:]
+
+    def _predicts(self, hidden: Array, plan: Any) -> bool:
+        return int(self._backend.logits(hidden)[0].argmax()) == int(plan.end_token_id)

@@ -1,0 +1,437 @@
+"""Opens a bundle and answers questions about videos: decode -> preprocess -> vision -> prefill -> latents -> answer.
+
+The one place where all stages meet. Knows no engine from within: `backends` run the stages.
+"""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlrt import preprocess, prompt, video
+from vlrt.backends import select
+from vlrt.backends.base import Array, Backend
+from vlrt.bundle import Bundle
+from vlrt.errors import ConfigError
+from vlrt.generate import Replace, Writer, read
+from vlrt.latent import ABLATIONS, ablate
+
+VISION_CHUNK = 4096  # patches per pass of the vision tower, rounded up to whole temporal patches
+ANSWER_TAG = "<answer>"  # where a chain of thought turns into the answer
+DEFAULT_MAX_TOKENS: Mapping[str, int] = {"latent": 128, "direct": 128, "cot": 1024}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took."""
+
+    num_frames: int  # of the video, after sampling and padding to whole temporal patches
+    video_tokens: int
+    prompt_tokens: int  # video tokens included
+    latents: int
+    answer_tokens: int  # a written chain of thought included
+    peak_host_memory_bytes: int  # of the process so far; 0 where the platform does not tell
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a question about a video.
+
+    Attributes:
+        text: the answer; the choice, where choices were given.
+        token_ids: what the model wrote, without the token that ended it; of a choice, its ids.
+        choice: the likeliest choice, or None without choices.
+        scores: probability of each choice, given that it is one of them; they add up to 1.
+        reasoning: "latent", "direct" or "cot".
+        thought: the chain of thought, or None.
+        latents: [L, C] float32, or None.
+        usage: counts.
+        timings: seconds per stage, in order: decode, preprocess, vision, prefill, latents, answer, total.
+        warnings: what was odd about the input, one sentence each.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    choice: str | None
+    scores: dict[str, float] | None
+    reasoning: str
+    thought: str | None
+    latents: NDArray[np.float32] | None
+    usage: Usage
+    timings: dict[str, float]
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON values; of the latents only their shape, as `latents_shape`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "latents"}
+        values["usage"] = dict(vars(self.usage))
+        values["latents_shape"] = None if self.latents is None else list(self.latents.shape)
+        return values
+
+
+class Stream:
+    """The text of an answer as it is written. Iterate it to its end, then read `answer`."""
+
+    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
+        """Wrap a generator of text pieces that returns the Answer."""
+        self._pieces = pieces
+        self._answer: Answer | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield text pieces."""
+        self._answer = yield from self._pieces
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer.
+
+        Raises:
+            ConfigError: the stream was not read to its end.
+        """
+        if self._answer is None:
+            raise ConfigError("the stream has no answer yet; iterate it to its end first")
+        return self._answer
+
+    def close(self) -> None:
+        """Stop the answer where it is."""
+        self._pieces.close()
+
+
+@dataclass
+class _Clock:
+    """Seconds per stage."""
+
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("decode", "preprocess", "vision", "prefill", "latents", "answer"), 0.0)
+    )
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - start
+
+    def timings(self) -> dict[str, float]:
+        return {**self.seconds, "total": time.perf_counter() - self.started}
+
+
+@dataclass(frozen=True)
+class _Media:
+    is_image: bool
+    grid_thw: tuple[int, int, int]
+    seconds_per_temporal_patch: float
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A checked question."""
+
+    question: str
+    reasoning: prompt.Reasoning
+    choices: tuple[str, ...]
+    choice_ids: tuple[tuple[int, ...], ...]  # each ends in an end token
+    max_tokens: int
+    min_tokens: int
+    latents: NDArray[np.float32] | str | None
+
+
+class Runtime:
+    """A loaded model. One serves several threads: each call has a KV cache of its own, graphs are shared."""
+
+    def __init__(self, backend: Backend, tokenizer: prompt.Tokenizer) -> None:
+        """Wrap a loaded backend. `Runtime.open` makes one from a bundle."""
+        self.model = backend.model
+        self.tokenizer = tokenizer
+        self._backend: Backend | None = backend
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: str | Path, *, backend: str = "auto", threads: int | None = None) -> "Runtime":
+        """Load a bundle; each file's hash is checked when it is loaded.
+
+        Args:
+            path: a directory that `vlrt export` wrote.
+            backend: "auto" or a backend's name ("ort").
+            threads: of one graph run; None: one per core that this process may use.
+
+        Raises:
+            BundleError: not a bundle, or damaged.
+            BackendUnavailable: the backend cannot run here, or not this bundle.
+            ConfigError: a setting is out of range.
+        """
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads is {threads}; accepted: 1 or more")
+        bundle = Bundle.open(path)
+        for name in prompt.FILES:
+            if name in bundle.manifest.files:
+                bundle.file(name)
+        return cls(select.load(bundle, backend, threads), prompt.Tokenizer.open(bundle.path))
+
+    def ask(
+        self,
+        source: Any,
+        question: str,
+        *,
+        choices: Sequence[str] | None = None,
+        reasoning: prompt.Reasoning | None = None,
+        max_tokens: int | None = None,
+        min_tokens: int = 0,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        latents: NDArray[np.float32] | str | None = None,
+    ) -> Answer:
+        """Answer a question about a video.
+
+        Args:
+            source: what `video.load` takes: path or bytes of a video or image, a list of image paths, or Frames.
+            question: any text; control tokens in it are read as plain text.
+            choices: the answers to choose from, scored as the model's next words; None: the model writes freely.
+            reasoning: "latent", "direct" or "cot"; None: "latent" where the model has latents, else "direct".
+            max_tokens: end the answer (a chain of thought included) after so many; None: 128, or 1,024 for "cot".
+            min_tokens: do not end it before so many.
+            num_frames: sample so many frames; None: the bundle's setting.
+            fps: sample so many frames per second; None: the bundle's setting.
+            latents: for ablations: [L, C] float32 to inject in place of the model's own (L may be 0), or "dummy" or
+                "noise" (`latent.ablate`).
+
+        Raises:
+            VideoError: the video cannot be used.
+            ConfigError: a setting is out of range, or the prompt is longer than the model's positions.
+        """
+        request = self._check(question, choices, reasoning, max_tokens, min_tokens, latents)
+        pieces = self._answer(source, request, num_frames, fps)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as stop:
+                answer: Answer = stop.value
+                return answer
+
+    def stream(
+        self,
+        source: Any,
+        question: str,
+        *,
+        reasoning: prompt.Reasoning | None = None,
+        max_tokens: int | None = None,
+        min_tokens: int = 0,
+        num_frames: int | None = None,
+        fps: float | None = None,
+    ) -> Stream:
+        """Answer as `ask` does, giving out the text as it is written; nothing runs before the first piece is taken.
+
+        Raises:
+            ConfigError: a setting is out of range; `ask`'s other errors come with the first piece.
+        """
+        request = self._check(question, None, reasoning, max_tokens, min_tokens, None)
+        return Stream(self._answer(source, request, num_frames, fps))
+
+    def close(self) -> None:
+        """Free the model. Later calls raise ConfigError."""
+        with self._lock:
+            backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check(
+        self,
+        question: str,
+        choices: Sequence[str] | None,
+        reasoning: prompt.Reasoning | None,
+        max_tokens: int | None,
+        min_tokens: int,
+        latents: NDArray[np.float32] | str | None,
+    ) -> _Request:
+        """Refuse what cannot be asked before any work is done."""
+        how: prompt.Reasoning = reasoning or ("latent" if self.model.latent else "direct")
+        if how not in DEFAULT_MAX_TOKENS:
+            raise ConfigError(f"reasoning is {how!r}; accepted: {', '.join(DEFAULT_MAX_TOKENS)}")
+        if how == "latent" and self.model.latent is None:
+            raise ConfigError("reasoning is 'latent', but this model has no latents; accepted: 'direct', 'cot'")
+        most = DEFAULT_MAX_TOKENS[how] if max_tokens is None else max_tokens
+        if most < 1 or not 0 <= min_tokens <= most:
+            raise ConfigError(
+                f"max_tokens is {most} and min_tokens {min_tokens}; accepted: max_tokens of 1 or more, min_tokens from "
+                "0 to max_tokens"
+            )
+        given = tuple(choices) if choices is not None else ()
+        if isinstance(choices, str) or (choices is not None and len(given) < 2):
+            raise ConfigError(f"choices are {choices!r}; accepted: a list of two or more answers")
+        if len(set(given)) < len(given) or not all(isinstance(c, str) and c for c in given):
+            raise ConfigError(f"choices are {list(given)!r}; accepted: different answers, none of them empty")
+        end = self.model.tokens.eos_token_ids[0]
+        ids = tuple((*self.tokenizer.encode(choice), end) for choice in given)
+        return _Request(question, how, given, ids, most, min_tokens, self._check_latents(how, latents))
+
+    def _check_latents(self, how: str, latents: Any) -> NDArray[np.float32] | str | None:
+        if latents is None:
+            return None
+        width = self.model.decoder.hidden_size
+        named = isinstance(latents, str) and latents in ABLATIONS and latents != "shuffled"
+        shaped = isinstance(latents, np.ndarray) and latents.ndim == 2 and latents.shape[1] == width
+        if how != "latent" or not (named or shaped):
+            raise ConfigError(
+                f"latents are {getattr(latents, 'shape', latents)!r} with reasoning {how!r}; accepted with 'latent': an "
+                f"array [L, {width}], 'dummy' or 'noise'"
+            )
+        return latents if named else np.asarray(latents, np.float32)
+
+    def _answer(
+        self, source: Any, request: _Request, num_frames: int | None, fps: float | None
+    ) -> Generator[str, None, Answer]:
+        """Run all stages; yield text as it is written and return the Answer."""
+        backend = self._backend
+        if backend is None:
+            raise ConfigError("this Runtime is closed; open the bundle again")
+        clock = _Clock()
+        with clock("decode"):
+            frames = video.load(source, self.model.video, self.model.vision, num_frames=num_frames, fps=fps)
+        tokens, media = self._encode(backend, frames, clock)
+        with clock("prefill"):
+            built = prompt.build(self.tokenizer, self.model, request.question, [media], reasoning=request.reasoning)
+            context = read(backend, built, tokens)
+            room = self._room(request)
+            writer = Writer(backend, context, room)
+        latents = None
+        if request.reasoning == "latent":
+            with clock("latents"):
+                latents = np.asarray(writer.reason(context, self._replacement(backend, request)))
+        written: list[int] = []
+        thought_ends = False
+        if not request.choices or request.reasoning == "cot":
+            thought_ends = yield from self._write(writer, request, written, clock)
+        log_scores = None
+        if request.choices:
+            with clock("answer"):
+                lead = self.tokenizer.encode(ANSWER_TAG) if request.reasoning == "cot" and not thought_ends else []
+                log_scores = writer.score(request.choice_ids, lead)
+        return self._finish(request, frames, built, latents, written, log_scores, clock)
+
+    def _write(
+        self, writer: Writer, request: _Request, written: list[int], clock: _Clock
+    ) -> Generator[str, None, bool]:
+        """Write freely, yielding text; before choices, stop at the answer's tag and return whether it came."""
+        decoder = self.tokenizer.decoder()
+        ids = writer.answer(
+            max_tokens=request.max_tokens, min_tokens=request.min_tokens, eos=self.model.tokens.eos_token_ids
+        )
+        text = ""
+        while True:
+            with clock("answer"):
+                token_id = next(ids, None)
+                piece = decoder.finish() if token_id is None else decoder.push(token_id)
+            if token_id is not None:
+                written.append(token_id)
+            if piece:
+                text += piece
+                yield piece
+            if request.choices and text.endswith(ANSWER_TAG):
+                return True
+            if token_id is None:
+                return False
+
+    def _finish(
+        self,
+        request: _Request,
+        frames: video.Frames,
+        built: prompt.Prompt,
+        latents: NDArray[np.float32] | None,
+        written: list[int],
+        log_scores: list[float] | None,
+        clock: _Clock,
+    ) -> Answer:
+        """Put the answer together."""
+        text, thought, choice, scores = self.tokenizer.decode(written), None, None, None
+        usage = Usage(
+            num_frames=len(frames.data),
+            video_tokens=sum(span.num_tokens for span in built.spans),
+            prompt_tokens=len(built.ids),
+            latents=0 if latents is None else len(latents),
+            answer_tokens=len(written),
+            peak_host_memory_bytes=_peak_host_memory_bytes(),
+        )
+        if request.reasoning == "cot":
+            thought, text = prompt.split_cot(text)
+        if log_scores is not None:
+            best = int(np.argmax(log_scores))
+            text = choice = request.choices[best]
+            scores = dict(zip(request.choices, np.exp(log_scores).tolist(), strict=True))
+            written = list(request.choice_ids[best][:-1])
+        return Answer(
+            text=text,
+            token_ids=tuple(written),
+            choice=choice,
+            scores=scores,
+            reasoning=request.reasoning,
+            thought=thought,
+            latents=latents,
+            usage=usage,
+            timings=clock.timings(),
+            warnings=frames.warnings,
+        )
+
+    def _encode(self, backend: Backend, frames: video.Frames, clock: _Clock) -> tuple[Array, _Media]:
+        """Run the vision tower over chunks of whole temporal patches; return video tokens [N_v, C]."""
+        cfg = self.model
+        with clock("preprocess"):
+            frames = preprocess.resized(frames, cfg.video, cfg.vision)
+            grid = preprocess.grid_of(frames, cfg.vision)
+        step = max(1, VISION_CHUNK // (grid[1] * grid[2]))
+        parts, seconds = [], 0.0
+        for start in range(0, grid[0], step):
+            with clock("preprocess"):
+                patches = preprocess.patchify(frames, cfg.video, cfg.vision, start, min(start + step, grid[0]))
+            seconds = patches.seconds_per_temporal_patch
+            with clock("vision"):
+                parts.append(backend.encode(patches.pixels, patches.grid_thw))
+        return backend.join(parts), _Media(frames.is_image, grid, seconds)
+
+    def _room(self, request: _Request) -> int:
+        """Slots that the sequence may take beyond its prompt."""
+        room, plan, given = 0, self.model.latent, request.latents
+        if request.reasoning == "latent" and plan is not None:
+            room += 1 + max(plan.num_latents, len(given) if isinstance(given, np.ndarray) else 0)
+        if not request.choices or request.reasoning == "cot":
+            room += request.max_tokens
+        if request.choices:
+            room += max(map(len, request.choice_ids)) + len(self.tokenizer.encode(ANSWER_TAG))
+        return room
+
+    def _replacement(self, backend: Backend, request: _Request) -> Replace | None:
+        """Return what an ablation puts in place of the model's own latents."""
+        given, plan = request.latents, self.model.latent
+        if given is None or plan is None:
+            return None
+        if isinstance(given, np.ndarray):
+            return lambda own: given
+        pad = np.asarray(backend.embed(np.array([plan.pad_token_id], np.int64)))
+        return lambda own: ablate("dummy" if given == "dummy" else "noise", own, pad_embed=pad)
+
+
+def _peak_host_memory_bytes() -> int:
+    """Return the most memory that this process has held so far; 0 where the platform does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
