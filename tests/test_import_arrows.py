@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vlrt"
-DATA = ["container", "sampling", "video", "preprocess", "prompt", "positions", "latent", "kv_cache"]
-CORE = ["bundle", "checkpoint", "names", "config", "errors", *DATA]
+BASE = ["config", "errors"]
+DATA = ["container", "sampling", "video", "preprocess", "tokenizer", "prompt", "positions", "latent", "kv_cache"]
+CORE = [*BASE, "bundle", "checkpoint", "names", *DATA]
 ENGINES = {"torch", "triton", "transformers", "onnx", "onnxscript", "tensorrt", "safetensors"}
 
 # module or folder -> what of vlrt it may import, itself aside; the longest name that fits a file counts
@@ -16,35 +17,42 @@ ARROWS = {
     "__main__": ["cli"],
     "errors": [],
     "names": [],
-    "aliases": ["config", "errors"],
     "config": ["errors"],
-    "bundle": ["config", "names", "errors"],
-    "checkpoint": ["config", "names", "errors", "aliases"],
-    "fresh": ["config", "errors", "checkpoint", "prompt"],
-    "container": ["config", "errors"],
-    "sampling": ["config", "errors"],
-    "video": ["config", "errors", "container", "sampling"],
-    "preprocess": ["config", "errors", "video"],
-    "prompt": ["config", "errors"],
-    "positions": ["config", "errors", "prompt"],
-    "latent": ["config", "errors"],
-    "kv_cache": ["config", "errors"],
+    "aliases": BASE,
+    "hf_config": BASE,
+    "bundle": [*BASE, "names"],
+    "checkpoint": [*BASE, "names", "aliases"],
+    "fresh": [*BASE, "checkpoint", "hf_config", "tokenizer", "prompt"],
+    "container": BASE,
+    "sampling": BASE,
+    "timeline": [*BASE, "container"],
+    "decoding": [*BASE, "container", "timeline"],
+    "images": [*BASE, "container"],
+    "video": [*BASE, "container", "timeline", "decoding", "images", "sampling"],
+    "preprocess": [*BASE, "images", "sampling", "video"],
+    "tokenizer": BASE,
+    "prompt": [*BASE, "tokenizer"],
+    "positions": [*BASE, "prompt"],
+    "latent": BASE,
+    "kv_cache": BASE,
     "kernels": [],
     "ops": ["kernels"],
-    "models": ["ops", "config", "latent", "errors"],
-    "backends": ["bundle", "names", "kv_cache", "config", "errors"],
-    "backends.torch": ["bundle", "names", "kv_cache", "config", "errors", "models", "checkpoint", "ops"],
-    "generate": ["backends.base", "kv_cache", "latent", "positions", "prompt", "config", "errors"],
+    "models": [*BASE, "ops", "latent"],
+    "backends": [*BASE, "bundle", "names", "kv_cache", "positions"],
+    "backends.torch": [*BASE, "kv_cache", "positions", "checkpoint", "models", "ops"],
+    "choices": BASE,
+    "generate": [*BASE, "backends.base", "choices", "kv_cache", "latent", "positions", "prompt"],
     "session": [*CORE, "backends", "generate"],
     "runtime": [*CORE, "backends", "generate", "session"],
-    "export": ["checkpoint", "models", "names", "bundle", "kernels", "config", "errors", "ops", "prompt", "positions"],
-    "export.verify": [*CORE, "models", "ops", "kernels", "backends", "generate", "session", "runtime"],
+    "export": [*BASE, "bundle", "checkpoint", "kernels", "models", "names", "ops", "positions", "prompt"],
+    "export.exporter": [*BASE, "bundle", "checkpoint", "models", "prompt", "backends"],
+    "export.verify": [*CORE, "backends", "generate", "session", "runtime"],
     "doctor": ["errors", "backends"],
-    "cli": ["errors", "config", "bundle", "checkpoint", "runtime", "fresh", "doctor", "export"],
+    "cli": [*BASE, "bundle", "checkpoint", "runtime", "fresh", "doctor", "export"],
 }
-NEEDS_AN_ENGINE = {"kernels", "ops", "models", "export", "export.verify", "backends.torch"}
+NEEDS_AN_ENGINE = {"kernels", "ops", "models", "export", "export.exporter", "export.verify", "backends.torch"}
 LOADS_TORCH_WHEN_ASKED_FOR_A_TENSOR = {"checkpoint"}
-SAYS_ITS_VERSION = {"cli", "doctor"}
+SAYS_ITS_VERSION = {"cli", "doctor", "export.exporter"}
 
 
 def within(name: str, *parents: str) -> bool:

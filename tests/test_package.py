@@ -26,7 +26,7 @@ def test_importing_loads_no_engine(code: str, tmp_path: Path) -> None:
 
 
 def test_the_runtime_loads_without_what_only_an_export_needs(tmp_path: Path) -> None:
-    code = "from vlrt import Answer, Frames, Runtime; import vlrt.session, vlrt.generate, vlrt.backends.ort"
+    code = "from vlrt import Answer, Frames, Runtime; import vlrt.generate, vlrt.backends.ort"
     assert modules_loaded_by(code, tmp_path).isdisjoint(("torch", "triton", "onnx", "transformers", "safetensors"))
 
 

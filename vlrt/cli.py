@@ -146,11 +146,13 @@ def _bundle_facts(path: Path) -> dict[str, Any]:
     bundle = Bundle.open(path)
     return {
         "kind": "bundle",
+        "checkpoint": bundle.manifest.checkpoint,
+        "vlrt_version": bundle.manifest.vlrt_version,
         "backend": bundle.backend,
         "precision": bundle.precision,
-        "size_bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "size_bytes": bundle.num_bytes,
         "model": config.to_dict(bundle.model),
-        "parity": bundle.parity,
+        "parity": [config.to_dict(check) for check in bundle.parity],
     }
 
 
@@ -184,7 +186,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _print_parity(rows: Sequence[Mapping[str, Any]]) -> None:
-    table = [(r["name"], f"{r['value']:.3g}", f"{r['limit']:.3g}", "yes" if r["ok"] else "NO") for r in rows]
+    table = [
+        (row["name"], f"{row['value']:.3g}", f"{'>=' if row['at_least'] else '<='} {row['limit']:.3g}", str(row["ok"]))
+        for row in rows
+    ]
     _print_table("parity with the torch reference", ("what", "value", "limit", "ok"), table)
 
 

@@ -3,7 +3,6 @@
 Looks and reports; it opens no model and changes nothing. A backend that cannot run comes with its reason.
 """
 
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import vlrt
+from vlrt.backends import select
 
 RUNTIME_PACKAGES = ("numpy", "onnxruntime", "tokenizers", "av", "pillow", "jinja2", "rich")
 EXPORT_PACKAGES = ("torch", "safetensors", "onnx", "onnxscript", "transformers")
@@ -64,15 +64,8 @@ def abilities() -> list[Ability]:
 
 
 def _ort() -> Ability:
-    name = "ort backend, CPU"
-    try:
-        engine = importlib.import_module("onnxruntime")
-    except ImportError as error:
-        return Ability(name, False, f"onnxruntime cannot be imported ({error}); to do: pip install onnxruntime")
-    providers = engine.get_available_providers()
-    if "CPUExecutionProvider" not in providers:
-        return Ability(name, False, f"onnxruntime {engine.__version__} offers only {', '.join(providers)}")
-    return Ability(name, True, f"onnxruntime {engine.__version__}")
+    reason = select.unavailable("ort")
+    return Ability("ort backend, CPU", reason is None, reason or f"onnxruntime {_version('onnxruntime')}")
 
 
 def _export() -> Ability:
