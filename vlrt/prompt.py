@@ -29,6 +29,10 @@ COT_INSTRUCTIONS = (
     "Then give the final answer alone between <answer> and </answer>."
 )
 
+_THINK = re.compile(r"<\s*think\s*>", re.IGNORECASE)
+_THINK_END = re.compile(r"<\s*/\s*think\s*>", re.IGNORECASE)
+_ANSWER = re.compile(r"<\s*answer\s*>(.*?)(?:<\s*/\s*answer\s*>|\Z)", re.IGNORECASE | re.DOTALL)
+
 
 @dataclass(frozen=True)
 class Media:
@@ -111,10 +115,10 @@ def split_cot(text: str) -> tuple[str, str]:
     Without an <answer> the answer is what follows </think>; without any tag it is the whole text. An unfinished thought
     has the answer "".
     """
-    found = re.search(r"<\s*answer\s*>(.*?)(<\s*/\s*answer\s*>|$)", text, re.IGNORECASE | re.DOTALL)
+    thought_ends = _THINK_END.search(text)
+    found = _ANSWER.search(text, thought_ends.end() if thought_ends else 0) or _ANSWER.search(text)
     before = text[: found.start()] if found else text
-    opened = re.search(r"<\s*think\s*>", before, re.IGNORECASE)
-    closed = re.search(r"<\s*/\s*think\s*>", before, re.IGNORECASE)
+    opened, closed = _THINK.search(before), _THINK_END.search(before)
     start = opened.end() if opened and not (closed and closed.start() < opened.start()) else 0
     thought = before[start : closed.start()] if closed else before[start:] if opened or found else ""
     answer = found[1] if found else before[closed.end() :] if closed else "" if opened else text

@@ -184,7 +184,10 @@ class TextDecoder:
 
 def _unused_mark(text: str) -> str:
     """Return a private-use character that does not occur in a text."""
-    return next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in text)
+    for mark in map(chr, range(0xE000, 0xF900)):
+        if mark not in text:
+            return mark
+    raise ConfigError("a text holds all 6400 characters of the private-use area; accepted: any that leaves one out")
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
