@@ -5,9 +5,11 @@ Not covered: terminals (colours, the moving progress bar), and answers of traine
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -141,6 +143,24 @@ def test_init_writes_a_checkpoint_that_info_reads(tmp_path: Path) -> None:
     assert run("info", "fresh", cwd=tmp_path).returncode == 0
 
 
+def test_an_int8_bundle_says_so_and_answers(room: Path) -> None:
+    done = run("export", "tiny", "--precision", "int8", "-o", "eight.vlrt", cwd=room)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(run("info", "eight.vlrt", "--json", cwd=room).stdout)["precision"] == "int8"
+    assert run("ask", "eight.vlrt", "clip.mp4", QUESTION, "--max-tokens", 2, cwd=room).returncode == 0
+
+
+def test_warnings_of_an_answer_go_to_stderr(room: Path) -> None:
+    write_video(room / "whole.mkv")
+    whole = (room / "whole.mkv").read_bytes()
+    (room / "cut.mkv").write_bytes(whole[: len(whole) * 3 // 4])
+    done = run("ask", "tiny.vlrt", "cut.mkv", QUESTION, "--fps", 2, "--max-tokens", 2, "--json", cwd=room)
+    assert done.returncode == 0, done.stderr
+    warnings = json.loads(done.stdout)["warnings"]
+    assert warnings
+    assert done.stderr.splitlines() == [f"vlrt: warning: {warning}" for warning in warnings]
+
+
 def test_version(tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path).stdout == f"vlrt {vlrt.__version__}\n"
 
@@ -170,6 +190,15 @@ def test_a_file_name_cannot_break_the_line_or_reach_the_terminal(room: Path) -> 
     done = run("ask", "tiny.vlrt", "two\nlines\x1b[31m.mp4", QUESTION, cwd=room)
     fails(done)
     assert "\x1b" not in done.stderr
+
+
+def test_a_damaged_bundle_names_the_file(room: Path) -> None:
+    shutil.copytree(room / "tiny.vlrt", room / "damaged.vlrt")
+    weights = room / "damaged.vlrt" / "embed.bin"
+    data = bytearray(weights.read_bytes())
+    data[1000] ^= 1
+    weights.write_bytes(data)
+    fails(run("ask", "damaged.vlrt", "clip.mp4", QUESTION, cwd=room), "embed.bin", "damaged")
 
 
 def test_unknown_model_type_is_refused_by_name(tmp_path: Path) -> None:
@@ -220,6 +249,18 @@ def test_ctrl_c_ends_quietly_with_130(room: Path) -> None:
         _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in complaint
+
+
+def test_ctrl_c_in_an_export_leaves_nothing_behind(room: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vlrt", "export", str(room / "tiny"), "-o", "half.vlrt"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not any(tmp_path.iterdir()):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 130, complaint
+    assert b"Traceback" not in complaint
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
