@@ -53,7 +53,7 @@ class Container:
         self.warnings: list[str] = []
         self.failure: BaseException | None = None
         self._source = source
-        self._open()
+        self._open(MAX_THREADS)
 
     def __enter__(self) -> Container:
         """Return itself; the file is open already."""
@@ -68,10 +68,10 @@ class Container:
         """FFmpeg's name of the container format."""
         return self._file.format.name
 
-    def reopen(self) -> None:
-        """Go back to the start, in any format, with a fresh decoder."""
+    def reopen(self, max_threads: int = MAX_THREADS) -> None:
+        """Go back to the start, in any format, with a fresh decoder of at most so many threads."""
         self._file.close()
-        self._open()
+        self._open(max_threads)
 
     def seek(self, ticks: int) -> bool:
         """Move to a keyframe at or before `ticks` of the stream and empty the decoder; False where that cannot be."""
@@ -102,8 +102,12 @@ class Container:
                 return
 
     def decode(self, packet: Packet | None) -> list[VideoFrame]:
-        """Return the frames that are complete after this packet. FFmpeg's errors pass; damaged data raise them."""
-        return self.stream.decode(packet)
+        """Return the frames that are complete after this packet; none for one that is marked as damaged.
+
+        Raises:
+            av.FFmpegError: damaged data; with several threads, sound frames before the damage are lost with it.
+        """
+        return [] if packet is not None and packet.is_corrupt else self.stream.decode(packet)
 
     def promised_seconds(self) -> float:
         """Return how long the video is by its header, or 0 where the header does not tell."""
@@ -121,7 +125,7 @@ class Container:
         if text not in self.warnings:
             self.warnings.append(text)
 
-    def _open(self) -> None:
+    def _open(self, max_threads: int) -> None:
         import av
         from av.stream import Discard
 
@@ -140,7 +144,7 @@ class Container:
             with reading(self.name):
                 codec.options = limit
                 codec.thread_type = "AUTO"
-                codec.thread_count = min(MAX_THREADS, os.cpu_count() or 1)
+                codec.thread_count = min(max_threads, os.cpu_count() or 1)
                 for other in self._file.streams:
                     if other.index != self.stream.index:
                         other.discard = Discard.all
@@ -187,10 +191,8 @@ def reading(name: str) -> Iterator[None]:
         yield
     except VideoError:
         raise
-    except (
-        Exception
-    ) as error:  # decoders of damaged data raise anything: OSError, ValueError, struct.error, MemoryError
+    except Exception as error:  # readers of damaged data raise anything
         raise VideoError(
-            f"{name} cannot be read as a video or image ({type(error).__name__}: {error}); "
+            f"{name} cannot be read as a video or image ({getattr(error, 'strerror', None) or repr(error)}); "
             "it is of another kind, incomplete or damaged: check it, or convert it to MP4 (H.264)"
         ) from error

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlrt.container import Container, check_pixels, reading
+from vlrt.container import MAX_THREADS, Container, check_pixels, reading
 from vlrt.errors import VideoError
 from vlrt.timeline import Timeline
 
@@ -25,25 +26,39 @@ SEEK_GAP = 4  # packets; a seek empties the decoder's pipeline, which costs abou
 UNSEEKABLE = frozenset({"apng"})  # marks every frame as a keyframe although each one draws on the one before
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How frames are looked for."""
+
+    max_threads: int
+    lead: int | None  # decoding starts so many keyframes before the one that a frame needs; None: at the file's start
+
+
+# With threads, the decoder drops sound frames together with a damaged one; some encoders mark keyframes that decoding
+# cannot start from (intra refresh). So a frame that does not come out is looked for again, more slowly and surely.
+SEEKING = (_Way(MAX_THREADS, 0), _Way(1, 2), _Way(1, None))
+PLAIN = (_Way(MAX_THREADS, None), _Way(1, None))
+IN_ORDER = (_Way(1, None),)  # frames are counted: none may be dropped
+
+
 def decode_frames(container: Container, timeline: Timeline, indices: Sequence[int]) -> Iterator[VideoFrame]:
     """Yield the frames at `indices` of the timeline (ascending, repeats allowed), decoded, one at a time.
 
-    Where a seek does not lead to a whole frame (some encoders mark keyframes that others cannot start from), the rest
-    is decoded from the start of the file. Frames of damaged data that still decode come with a warning.
+    Frames of damaged data that still decode come with a warning.
 
     Raises:
         VideoError: a wanted frame does not decode (its time is named).
     """
     wanted = [int(timeline.keys[i]) for i in indices]
     done = 0
-    ascending = bool((np.diff(timeline.key_pts) > 0).all())
-    for seek in (ascending and not timeline.by_order and container.format not in UNSEEKABLE, False):
-        container.reopen()
-        reader = _Reader(container, timeline, seek)
+    damage: BaseException | None = None
+    for attempt, way in enumerate(_ways(container, timeline)):
+        container.reopen(way.max_threads)
+        reader = _Reader(container, timeline, way.lead)
         for key in wanted[done:]:
             with reading(container.name):
                 frame = reader.frame_at(key)
-            if frame is None or (seek and frame.is_corrupt):
+            if frame is None or (frame.is_corrupt and way.lead == 0):
                 break
             if frame.is_corrupt or reader.damage:
                 at = timeline.seconds[indices[done]]
@@ -53,20 +68,30 @@ def decode_frames(container: Container, timeline: Timeline, indices: Sequence[in
             done += 1
         if done == len(wanted):
             return
+        damage = reader.damage
+        if damage and attempt:
+            break  # looked for well enough: the data are to blame, not the way
     raise VideoError(
         f"{container.name}: the frame at {timeline.seconds[indices[done]]:.2f} s does not decode, its data are damaged "
         "or missing; fetch the file again, or repair it by encoding it anew (ffmpeg -i damaged.mp4 repaired.mp4)"
-    ) from reader.damage or container.failure
+    ) from damage or container.failure
+
+
+def _ways(container: Container, timeline: Timeline) -> tuple[_Way, ...]:
+    if timeline.by_order:
+        return IN_ORDER
+    ascending = bool((np.diff(timeline.key_pts) > 0).all())
+    return SEEKING if ascending and container.format not in UNSEEKABLE else PLAIN
 
 
 class _Reader:
     """Decodes from the start of the file in presentation order, jumping to keyframes where that saves work."""
 
-    def __init__(self, container: Container, timeline: Timeline, seek: bool) -> None:
+    def __init__(self, container: Container, timeline: Timeline, lead: int | None) -> None:
         self.damage: BaseException | None = None  # why the decoder refused a packet
         self._container = container
         self._timeline = timeline
-        self._seek = seek
+        self._lead = lead
         self._last: tuple[int, VideoFrame] | None = None
         self._restart(container.packets(), 0)
         self._ordinal = -1  # of the frame that came out last
@@ -81,8 +106,8 @@ class _Reader:
         """Return the frame named `key`, the last one again or a later one; None where it does not come out."""
         if self._last is not None and self._last[0] == key:
             return self._last[1]
-        if self._seek:
-            self._jump(key)
+        if self._lead is not None:
+            self._jump(key, self._lead)
         while (frame := self._next()) is not None:
             here = self._ordinal if self._timeline.by_order else frame.pts
             if here is not None and here >= key:
@@ -109,10 +134,10 @@ class _Reader:
         check_pixels(self._container.name, frame.height, frame.width, self._container.video)
         return frame
 
-    def _jump(self, key: int) -> None:
-        """Seek to the last keyframe at or before `key`, unless decoding on gets there as fast."""
+    def _jump(self, key: int, lead: int) -> None:
+        """Seek to the keyframe `lead` ones before the last one up to `key`, unless decoding on gets there as fast."""
         times = self._timeline
-        target = int(np.searchsorted(times.key_pts, key, side="right")) - 1
+        target = int(np.searchsorted(times.key_pts, key, side="right")) - 1 - lead
         if target < 1 or times.key_at[target] - self._fed <= SEEK_GAP:
             return
         # Matroska's index holds presentation times, the indices of other containers hold decoding times.

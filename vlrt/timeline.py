@@ -127,7 +127,7 @@ def _decoded_seconds(container: Container, rate: Fraction | None, jumps: bool) -
     """Decode everything, keep only the times: seconds [T] from the first frame."""
     from av.error import FFmpegError
 
-    container.reopen()
+    container.reopen(max_threads=1)
     times: list[int | None] = []
     with reading(container.name):
         for packet in container.packets():
@@ -162,11 +162,13 @@ def _compare_with_header(container: Container, found: _Found, frames: int, durat
     """Warn where the header promises more than there is, or where data are damaged."""
     there = f"{frames} frames ({duration:.2f} s) that are there were used"
     reported = container.stream.frames
-    missing = container.promised_seconds() - duration  # below 0 where the header does not tell
+    promised = container.promised_seconds()
+    if container.format.startswith("matroska") and found.pts:  # counts from zero, not from the first frame
+        promised -= float(min(found.pts) * (container.stream.time_base or 1))
+    missing = promised - duration  # below 0 where the header does not tell
     if reported > found.packets and (missing < 0 or missing > 0.5 / fps):
         container.warn(f"{container.name} is truncated: its header promises {reported} frames; the {there}")
-    elif found.timed and missing > 1:
-        promised = container.promised_seconds()
+    elif found.timed and missing > 0.25 + 0.05 * promised:
         container.warn(f"{container.name} is truncated: its header promises {promised:.2f} s; the {there}")
     elif found.damaged or container.failure:
         reason = container.failure or f"{found.damaged} damaged packets"
