@@ -4,6 +4,8 @@ Formulas and notation: README.md beside this file. Knows tensors, not models, ca
 are (`schema.py` registers them), so that a model is correct on any machine; the kernels are held against them.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,8 @@ def video_attention(
     Returns:
         out [B, S, H, D], and the two caches with slots past_length .. past_length + S written.
     """
-    past, num_new = int(past_length), q.shape[1]
+    past = cast(int, past_length.item())  # unlike int(), leaves it symbolic where the backward is traced
+    num_new = q.shape[1]
     total = past + num_new
     new = slice(past, total)
     q, k = rotary(q, cos[new], sin[new]), rotary(k, cos[new], sin[new])
@@ -70,7 +73,7 @@ def video_attention(
     v_cache[:, :, new] = v.transpose(1, 2)
     mask = torch.ones(num_new, total, dtype=torch.bool, device=q.device).tril(past)
     keys, values = (x[:, :, :total].transpose(1, 2) for x in (k_cache, v_cache))
-    return attention(q, keys, values, mask), k_cache, v_cache
+    return attention(q, keys, values, mask).contiguous(), k_cache, v_cache
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
