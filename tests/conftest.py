@@ -47,3 +47,23 @@ def plain_checkpoint(make_checkpoint: Callable[..., Checkpoint]) -> Checkpoint:
 def tiny_path(tiny_checkpoint: Checkpoint) -> Path:
     """The directory of `tiny_checkpoint`."""
     return tiny_checkpoint.path
+
+
+@pytest.fixture(scope="session")
+def make_bundle(
+    make_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Export a fresh checkpoint, by precision and the arguments of `make_checkpoint`; equal ones share a bundle."""
+    exported: dict[str, Path] = {}
+
+    def make(precision: str = "fp32", **settings: Any) -> Path:
+        from vlrt.export.exporter import export  # loads torch, which most tests do without
+
+        key = repr((precision, sorted(settings.items())))
+        if key not in exported:
+            checkpoint = make_checkpoint(**settings)
+            out = tmp_path_factory.mktemp("bundles") / "tiny.vlrt"
+            exported[key] = export(checkpoint.path, out, precision=precision)
+        return exported[key]
+
+    return make
