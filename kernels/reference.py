@@ -4,6 +4,7 @@ Formulas and notation: README.md beside this file. Knows tensors, not models, ca
 are (`schema.py` registers them), so that a model is correct on any machine; the kernels are held against them.
 """
 
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -93,7 +94,7 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
     q, k = rotary(q, cos, sin), rotary(k, cos, sin)
     bounds = cu_seqlens.tolist()
     out = torch.empty_like(v)
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         q_i, k_i, v_i = (x[None, start:stop] for x in (q, k, v))
         out[start:stop] = attention(q_i, k_i, v_i, None)[0]
     return out

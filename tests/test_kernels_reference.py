@@ -1,6 +1,7 @@
 """The specification of the ops, held in fp64 against what must be true of them and against PyTorch's own functions."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def random(*shape, seed=0, dtype=torch.float64):
 
 
 def tables(where, head_dim):
-    """cos and sin [S, D/2] in fp64 of positions [S], by the formula of RoFormer."""
+    """Tables cos and sin [S, D/2] in fp64 of positions [S], by the formula of RoFormer."""
     inv_freq = 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.as_tensor(where, dtype=torch.float64)[:, None] * inv_freq
     return angles.cos(), angles.sin()
@@ -118,7 +119,7 @@ def test_video_attention_in_pieces_equals_one_pass(bounds):
     """Catches a chunked prefill, or steps after it, that see too few, too many or wrongly placed keys."""
     whole, pieces = Sequence(63, capacity=70), Sequence(63, capacity=70)
     exact = whole.run(0, 63)
-    out = torch.cat([pieces.run(*piece) for piece in zip(bounds, bounds[1:], strict=False)], dim=1)
+    out = torch.cat([pieces.run(*piece) for piece in pairwise(bounds)], dim=1)
     assert_close(out, exact)
     for cache, ref in zip(pieces.caches, whole.caches, strict=True):
         assert_close(cache[:, :, :63], ref[:, :, :63])

@@ -1,4 +1,4 @@
-"""The registration of the ops: schemas, fake implementations and gradients, as torch.compile and torch.export see them."""
+"""The registration of the ops: schemas, fakes and gradients, as torch.compile and torch.export see them."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_every_op_is_tested_here():
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_ops_are_registered_as_pytorch_wants_them(name):
-    """Catches schemas that hide mutation or aliasing, fakes of other strides, a backward that compilers cannot trace."""
+    """Catches schemas that hide mutation or aliasing, fakes of other strides, a backward that cannot be traced."""
     given = [
         x.requires_grad_() if torch.is_tensor(x) and x.is_floating_point() else x
         for x in GIVEN[name](63, torch.float32)
