@@ -280,6 +280,8 @@ class Runtime:
             raise ConfigError(f"choices are {list(given)!r}; accepted: different answers, none of them empty")
         end = self.model.tokens.eos_token_ids[0]
         ids = tuple((*self.tokenizer.encode(choice), end) for choice in given)
+        if len(set(ids)) < len(ids):
+            raise ConfigError(f"choices are {list(given)!r}; accepted: answers that differ to the tokenizer as well")
         return _Request(question, how, given, ids, most, min_tokens, self._check_latents(how, latents))
 
     def _check_latents(self, how: str, latents: Any) -> NDArray[np.float32] | str | None:
