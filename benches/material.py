@@ -1,0 +1,58 @@
+"""What benches measure with: untrained checkpoints of a shape, their bundles, and generated clips, kept in a cache.
+
+Speed does not depend on the weights; nothing here says anything about accuracy.
+"""
+
+import os
+from pathlib import Path
+
+import av
+import numpy as np
+
+from vlrt import fresh
+
+SECONDS, FPS, SIZE = 40, 8, 224
+
+
+def cache() -> Path:
+    """Return the directory of checkpoints, bundles and clips: $VLRT_BENCH_CACHE or benches/.cache."""
+    path = Path(os.environ.get("VLRT_BENCH_CACHE", Path(__file__).parent / ".cache"))
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def bundle(shape: str, precision: str) -> Path:
+    """Return a bundle of a shape, exported from a fresh bf16 checkpoint where it is not in the cache yet."""
+    checkpoint, out = cache() / shape, cache() / f"{shape}-{precision}.vlrt"
+    if not (checkpoint / "config.json").is_file():
+        fresh.write_checkpoint(checkpoint, shape=shape, dtype="bfloat16")
+    if not out.exists():
+        from vlrt.export import exporter  # brings torch, which must not count as memory of a bench
+
+        exporter.export(checkpoint, out, precision=precision)
+    return out
+
+
+def clip() -> Path:
+    """Return an mp4 of 40 s, 8 frames per second, 224 x 224: a square that moves over a gradient, and some noise."""
+    path = cache() / f"clip-{SECONDS}s-{FPS}fps-{SIZE}.mp4"
+    if path.exists():
+        return path
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[0:SIZE, 0:SIZE]
+    partial = path.with_suffix(".partial.mp4")
+    with av.open(str(partial), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS)
+        stream.width = stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        for i in range(SECONDS * FPS):
+            frame = np.stack([rows, columns, np.full_like(rows, i % 256)], axis=-1) + rng.integers(
+                0, 24, (SIZE, SIZE, 3)
+            )
+            left = (i * 3) % (SIZE - 40)
+            frame[90:130, left : left + 40] = (220, 60, 40)
+            image = av.VideoFrame.from_ndarray(frame.clip(0, 255).astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+    partial.rename(path)
+    return path
