@@ -182,8 +182,11 @@ def _weight_bytes(cfg: config.Model, precision: Precision) -> int:
     rest = sum(count.values()) - tables
     if precision == "fp32":
         return 4 * (rest + tables)
-    return rest + 4 * tables + count["model.embed_tokens.weight"] + 4 * sum(
-        n for name, n in count.items() if name.startswith("latent_injection.")
+    return (
+        rest
+        + 4 * tables
+        + count["model.embed_tokens.weight"]
+        + 4 * sum(n for name, n in count.items() if name.startswith("latent_injection."))
     )
 
 

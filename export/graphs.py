@@ -112,7 +112,9 @@ def trace(graph: names.Graph, module: nn.Module, fixed: dict[str, int]) -> ir.Mo
     free = {d: torch.export.Dim.DYNAMIC for t in graph.inputs for d in t.shape if isinstance(d, str) and d not in fixed}
     known = {**_EXAMPLE_SIZES, **fixed}
     args = tuple(
-        torch.zeros([known[d] if isinstance(d, str) else d for d in t.shape], dtype=getattr(torch, t.dtype), device="meta")
+        torch.zeros(
+            [known[d] if isinstance(d, str) else d for d in t.shape], dtype=getattr(torch, t.dtype), device="meta"
+        )
         for t in graph.inputs
     )
     dynamic = tuple({i: free[d] for i, d in enumerate(t.shape) if d in free} for t in graph.inputs)
@@ -150,7 +152,10 @@ def _quiet() -> Iterator[None]:
 def _rename(model: ir.Model, graph: names.Graph) -> None:
     """Give inputs and outputs the names, and free dimensions the letters, of the contract."""
     model.graph.name = graph.name
-    for value, tensor in [*zip(model.graph.inputs, graph.inputs, strict=True), *zip(model.graph.outputs, graph.outputs, strict=True)]:
+    for value, tensor in [
+        *zip(model.graph.inputs, graph.inputs, strict=True),
+        *zip(model.graph.outputs, graph.outputs, strict=True),
+    ]:
         value.name = tensor.name
         value.dtype = ir.DataType[{"float32": "FLOAT", "int32": "INT32", "int64": "INT64"}[tensor.dtype]]
         dims = zip(value.shape or tensor.shape, tensor.shape, strict=True)

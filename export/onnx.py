@@ -19,9 +19,7 @@ Fetch = Callable[[str], NDArray[np.float32]]
 Progress = Callable[[int], None]
 
 
-def write_graph(
-    model: ir.Model, directory: Path, recipes: dict[str, Recipe], fetch: Fetch, progress: Progress
-) -> None:
+def write_graph(model: ir.Model, directory: Path, recipes: dict[str, Recipe], fetch: Fetch, progress: Progress) -> None:
     """Write the weights of a model as its recipes say, then the model.
 
     Args:

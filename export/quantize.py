@@ -37,7 +37,9 @@ def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
     for node in [n for n in graph if (n.domain, n.op_type) == (DOMAIN, "Linear")]:
         x, weight, bias = node.inputs[0], node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
-        assert x is not None and weight is not None and weight.name is not None
+        assert x is not None
+        assert weight is not None
+        assert weight.name is not None
         tape = _Tape(graph, node)
         if precision == "fp32" and weight.name == HEAD:
             out = tape("Gemm", [x, weight], {"transB": 1})
@@ -112,7 +114,9 @@ class _Tape:
 
     def constant(self, value: NDArray[np.generic], name: str) -> ir.Value:
         """Emit a Constant node."""
-        return self._insert(ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(value))], num_outputs=1), name)
+        return self._insert(
+            ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(value))], num_outputs=1), name
+        )
 
     def replace(self, out: ir.Value) -> None:
         """Put `out` wherever the replaced node's output was used, graph outputs included, and remove the node."""

@@ -23,7 +23,7 @@ _ort = values.Opset("com.microsoft", 1)
 
 
 @script(_vlrt)
-def VideoAttention(  # noqa: N802  # an ONNX operator's name
+def VideoAttention(
     q: FLOAT,
     k: FLOAT,
     v: FLOAT,
@@ -59,9 +59,7 @@ def VideoAttention(  # noqa: N802  # an ONNX operator's name
 
 
 @script(_vlrt)
-def SegmentAttention(  # noqa: N802
-    q: FLOAT, k: FLOAT, v: FLOAT, cos: FLOAT, sin: FLOAT, cu_seqlens: INT32, num_heads: int
-) -> FLOAT:
+def SegmentAttention(q: FLOAT, k: FLOAT, v: FLOAT, cos: FLOAT, sin: FLOAT, cu_seqlens: INT32, num_heads: int) -> FLOAT:
     """`kernels.reference.segment_attention`: segments of one length as a batch, others padded to the longest."""
     shape = op.Shape(q)
     zero = op.Constant(value_int=0)
@@ -106,7 +104,7 @@ def SegmentAttention(  # noqa: N802
 
 
 @script(_vlrt)
-def LatentInjection(  # noqa: N802
+def LatentInjection(
     h: FLOAT,
     norm_in: FLOAT,
     fc1: FLOAT,
@@ -175,9 +173,7 @@ _video_attention = _node(
         {"num_heads": "int", "kv_num_heads": "int"},
     )
 )
-_segment_attention = _node(
-    _schema("SegmentAttention", [*_ATTENTION, "cu_seqlens"], ["out"], {"num_heads": "int"})
-)
+_segment_attention = _node(_schema("SegmentAttention", [*_ATTENTION, "cu_seqlens"], ["out"], {"num_heads": "int"}))
 _latent_injection = _node(
     _schema(
         "LatentInjection",
@@ -251,6 +247,3 @@ def attach_functions(model: ir.Model) -> None:
             model.opset_imports["com.microsoft"] = 1
     model.opset_imports[DOMAIN] = 1
     model.opset_imports[""] = OPSET
-
-
-

@@ -37,13 +37,6 @@ class Record:
     latent_answer: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Media:
-    is_image: bool
-    grid_thw: tuple[int, int, int]
-    seconds_per_temporal_patch: float
-
-
 def check(
     bundle: Backend,
     reference: Callable[[], Backend],
@@ -90,11 +83,17 @@ def check(
 
 
 def _check_latents(
-    torch: Backend, tokenizer: prompt.Tokenizer, media: _Media, video_tokens: Any, record: Record, precision: Precision
+    torch: Backend,
+    tokenizer: prompt.Tokenizer,
+    media: prompt.Media,
+    video_tokens: Any,
+    record: Record,
+    precision: Precision,
 ) -> list[Check]:
     """Let the reference read the bundle's latents: it must predict each from what stands before it."""
     plan = torch.model.latent
-    assert plan is not None and record.latents is not None
+    assert plan is not None
+    assert record.latents is not None
     context = read(torch, _prompt(tokenizer, torch.model, media, "latent"), video_tokens)
     latents, end = torch.lift(record.latents), torch.embed(_ids([plan.end_token_id]))
     hidden = _follow(torch, context, [latents, end, torch.embed(_ids(record.latent_answer))])
@@ -111,7 +110,7 @@ def _check_latents(
     return rows
 
 
-def _run(backend: Backend, tokenizer: prompt.Tokenizer, pixels: Floats, media: _Media) -> Record:
+def _run(backend: Backend, tokenizer: prompt.Tokenizer, pixels: Floats, media: prompt.Media) -> Record:
     """Ask a backend directly and with latents, as the runtime does."""
     cfg = backend.model
     video_tokens = backend.encode(pixels, media.grid_thw)
@@ -120,7 +119,8 @@ def _run(backend: Backend, tokenizer: prompt.Tokenizer, pixels: Floats, media: _
     writer = Writer(backend, context, NUM_ANSWER_TOKENS)
     first = backend.logits(writer.last_hidden)
     answer = _answer(writer, cfg)
-    latents, latent_answer = None, ()
+    latents: Floats | None = None
+    latent_answer: tuple[int, ...] = ()
     if cfg.latent is not None:
         context = read(backend, _prompt(tokenizer, cfg, media, "latent"), video_tokens)
         writer = Writer(backend, context, 1 + cfg.latent.num_latents + NUM_ANSWER_TOKENS)
@@ -143,19 +143,19 @@ def _answer(writer: Writer, cfg: config.Model) -> tuple[int, ...]:
 
 
 def _prompt(
-    tokenizer: prompt.Tokenizer, cfg: config.Model, media: _Media, reasoning: prompt.Reasoning
+    tokenizer: prompt.Tokenizer, cfg: config.Model, media: prompt.Media, reasoning: prompt.Reasoning
 ) -> prompt.Prompt:
     return prompt.build(tokenizer, cfg, QUESTION, [media], reasoning=reasoning)
 
 
-def _clip(cfg: config.Model) -> tuple[Floats, _Media]:
+def _clip(cfg: config.Model) -> tuple[Floats, prompt.Media]:
     """Make the patches of a small video: waves whose phase moves, and a little noise."""
     merge = cfg.vision.spatial_merge_size
     grid = (GRID_MERGED[0], GRID_MERGED[1] * merge, GRID_MERGED[2] * merge)
     shape = (grid[0] * grid[1] * grid[2], cfg.vision.patch_dim)
     noise = np.random.default_rng(0).standard_normal(shape)
     waves = np.sin(np.arange(shape[0])[:, None] * 0.7 + np.arange(shape[1])[None] * 0.05)
-    return (waves + 0.3 * noise).astype(np.float32), _Media(False, grid, 1.0)
+    return (waves + 0.3 * noise).astype(np.float32), prompt.Media(False, grid, 1.0)
 
 
 def _ids(ids: Sequence[int]) -> NDArray[np.int64]:
@@ -165,8 +165,10 @@ def _ids(ids: Sequence[int]) -> NDArray[np.int64]:
 def _error(name: str, out: Floats, ref: Floats, limit: float) -> Check:
     """Relative RMS error: `||out - ref|| / ||ref||`; not-a-number anywhere fails."""
     out, ref = out.astype(np.float64), ref.astype(np.float64)
-    value = float(np.linalg.norm(out - ref) / max(np.linalg.norm(ref), 1e-30)) if out.shape == ref.shape else np.inf
-    return Check(f"{name}: relative error", value if np.isfinite(value) else 1e30, limit, bool(value <= limit))
+    value = float("inf")
+    if out.shape == ref.shape:
+        value = float(np.linalg.norm(out - ref)) / max(float(np.linalg.norm(ref)), 1e-30)
+    return Check(f"{name}: relative error", value if np.isfinite(value) else 1e30, limit, value <= limit)
 
 
 def _agreement(name: str, logits: Floats, answer: Sequence[int], limit: float, error: float) -> Check:

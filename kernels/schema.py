@@ -49,16 +49,12 @@ def _recompute_backward(function: Callable[..., Any]) -> Callable[..., Any]:
         tensors = iter(ctx.saved_tensors)
         inputs = [next(tensors) if is_tensor else value for is_tensor, value in ctx.given]
         with torch.enable_grad():
-            inputs = [
-                x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs
-            ]
+            inputs = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs]
             outs = function(*inputs)
         outs = outs if isinstance(outs, tuple) else (outs,)
         wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
         pairs = [(out, grad) for out, grad in zip(outs, grads, strict=True) if grad is not None]
-        found = iter(
-            torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-        )
+        found = iter(torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
         return tuple(next(found) if isinstance(x, Tensor) and x.requires_grad else None for x in inputs)
 
     return backward

@@ -6,7 +6,6 @@ Knows files, no engine. Format: docs/design.md.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -31,7 +30,11 @@ _BLOCK_BYTES = 4 * 1024**2
 Precision = Literal["fp32", "int8"]
 BackendName = Literal["ort"]
 TableDtype = Literal["float32", "bfloat16", "float16"]
-_STORED: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2")}
+_STORED: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "bfloat16": np.dtype("<u2"),
+    "float16": np.dtype("<f2"),
+}
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,9 @@ class Bundle:
 def widen(rows: NDArray[Any]) -> NDArray[np.float32]:
     """Return stored table rows as a new float32 array; uint16 means bfloat16."""
     if rows.dtype == np.uint16:
-        bits: NDArray[np.uint32] = rows.astype(np.uint32) << 16
-        return bits.view(np.float32)
+        bits = np.left_shift(rows, 16, dtype=np.uint32)
+        wide: NDArray[np.float32] = bits.view(np.float32)
+        return wide
     return rows.astype(np.float32)
 
 
@@ -271,7 +275,11 @@ def _read_manifest(path: Path) -> Manifest:
             if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
                 raise ConfigError(f"files names {name!r}; accepted: paths inside the bundle")
         for table in filter(None, (manifest.embed, manifest.head, manifest.queries)):
-            if table.file not in manifest.files or table.rows < 1 or table.columns != manifest.model.decoder.hidden_size:
+            if (
+                table.file not in manifest.files
+                or table.rows < 1
+                or table.columns != manifest.model.decoder.hidden_size
+            ):
                 raise ConfigError(f"table {table.file!r} is not among the files, or of the wrong width")
     except ConfigError as error:
         raise BundleError(f"{path} is damaged: {error}; export the bundle again") from error

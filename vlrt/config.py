@@ -88,7 +88,8 @@ class Decoder:
         _divides("decoder.num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
         if 2 * sum(self.mrope_section) != self.head_dim:
             raise ConfigError(
-                f"decoder.mrope_section is {list(self.mrope_section)}; its sum must be head_dim / 2 = {self.head_dim / 2:g}"
+                f"decoder.mrope_section is {list(self.mrope_section)}; accepted: a sum of head_dim / 2 = "
+                f"{self.head_dim / 2:g}"
             )
 
 
@@ -182,7 +183,9 @@ class Model:
             )
         for name, token_id in _token_ids(self):
             if not 0 <= token_id < self.decoder.vocab_size:
-                raise ConfigError(f"{name} is {token_id}; accepted: 0 to vocab_size - 1 = {self.decoder.vocab_size - 1}")
+                raise ConfigError(
+                    f"{name} is {token_id}; accepted: 0 to vocab_size - 1 = {self.decoder.vocab_size - 1}"
+                )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vlrt.config import Video
 from vlrt.errors import VideoError
@@ -28,6 +28,7 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpegts,mpeg,mpegvideo,flv,asf,ogg,ivf,obu,av1,h264,hevc,m4v,"
     "mjpeg,mxf,nut,dv,rm,amv,vc1,wav,mp3,flac,aac,ac3,aiff,caf,amr"
 )
+SKIPPING = ("h264", "hevc")  # decoders that look at each packet when asked to leave out what no other frame refers to
 MAX_THREADS = 4  # of the decoder; each holds a frame
 
 
@@ -53,6 +54,7 @@ class Container:
         self.warnings: list[str] = []
         self.failure: BaseException | None = None
         self._source = source
+        self._skip: Literal["NONREF", "DEFAULT"] = "DEFAULT"  # what the decoder leaves out
         self._open(MAX_THREADS)
 
     def __enter__(self) -> Container:
@@ -101,13 +103,22 @@ class Container:
             if packet is None:
                 return
 
-    def decode(self, packet: Packet | None) -> list[VideoFrame]:
+    def decode(self, packet: Packet | None, wanted_from: int | None = None) -> list[VideoFrame]:
         """Return the frames that are complete after this packet; none for one that is marked as damaged.
+
+        With `wanted_from`, frames shown before that tick may be left out: those that no other refers to are skipped.
 
         Raises:
             av.FFmpegError: damaged data; with several threads, sound frames before the damage are lost with it.
         """
-        return [] if packet is not None and packet.is_corrupt else self.stream.decode(packet)
+        if packet is not None and packet.is_corrupt:
+            return []
+        shown = None if packet is None else packet.pts
+        early = wanted_from is not None and shown is not None and shown < wanted_from
+        skip: Literal["NONREF", "DEFAULT"] = "NONREF" if early and self.stream.codec.name in SKIPPING else "DEFAULT"
+        if skip != self._skip:
+            self.stream.codec_context.skip_frame = self._skip = skip
+        return self.stream.decode(packet)
 
     def promised_seconds(self) -> float:
         """Return how long the video is by its header, or 0 where the header does not tell."""
@@ -143,6 +154,7 @@ class Container:
             check_pixels(self.name, codec.height, codec.width, self.video)
             with reading(self.name):
                 codec.options = limit
+                self._skip = "DEFAULT"
                 codec.thread_type = "AUTO"
                 codec.thread_count = min(max_threads, os.cpu_count() or 1)
                 for other in self._file.streams:

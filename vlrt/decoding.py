@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # importing av takes a while, and arrays do without it
     from vlrt.container import Packet
 
 SEEK_GAP = 4  # packets; a seek empties the decoder's pipeline, which costs about as much as decoding so many
+SEEKS_BY_PTS = ("matroska", "mov")  # FFmpeg's demuxers of other containers seek by decoding time
 UNSEEKABLE = frozenset({"apng"})  # marks every frame as a keyframe although each one draws on the one before
 
 
@@ -108,15 +109,15 @@ class _Reader:
             return self._last[1]
         if self._lead is not None:
             self._jump(key, self._lead)
-        while (frame := self._next()) is not None:
+        while (frame := self._next(None if self._timeline.by_order else key)) is not None:
             here = self._ordinal if self._timeline.by_order else frame.pts
             if here is not None and here >= key:
                 self._last = (key, frame)
                 return frame if here == key else None
         return None
 
-    def _next(self) -> VideoFrame | None:
-        """Return the next frame in presentation order, or None at the end. Refused packets set `damage`."""
+    def _next(self, wanted_from: int | None) -> VideoFrame | None:
+        """Return the next frame, or None at the end; some before `wanted_from` are left out. Damage sets `damage`."""
         from av.error import FFmpegError
 
         while not self._ready:
@@ -126,7 +127,7 @@ class _Reader:
             self._fed += 1
             self._ended = packet is None
             try:
-                self._ready.extend(self._container.decode(packet))
+                self._ready.extend(self._container.decode(packet, wanted_from))
             except FFmpegError as error:
                 self.damage = error
         self._ordinal += 1
@@ -140,8 +141,7 @@ class _Reader:
         target = int(np.searchsorted(times.key_pts, key, side="right")) - 1 - lead
         if target < 1 or times.key_at[target] - self._fed <= SEEK_GAP:
             return
-        # Matroska's index holds presentation times, the indices of other containers hold decoding times.
-        ticks = times.key_pts if self._container.format.startswith("matroska") else times.key_dts
+        ticks = times.key_pts if self._container.format.startswith(SEEKS_BY_PTS) else times.key_dts
         for start in (target, target - 1):
             if not self._container.seek(int(ticks[start])):
                 break

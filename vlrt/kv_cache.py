@@ -55,7 +55,7 @@ class KVCache:
         stop = self.length + cos.shape[0]
         if stop > self.capacity:
             raise ConfigError(
-                f"the sequence would take {stop} slots of a KV cache of {self.capacity}; ask with fewer frames or tokens"
+                f"the sequence would take {stop} slots of a cache of {self.capacity}; ask with fewer frames or tokens"
             )
         self.cos[self.length : stop], self.sin[self.length : stop] = cos, sin
 

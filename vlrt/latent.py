@@ -98,7 +98,7 @@ def ablate(
     """Return what an ablation puts in place of a sample's own latents, [L, C] float32.
 
     Args:
-        kind: dummy (the pad token's embedding in every slot), noise (normal vectors with the norms of the sample's own),
+        kind: dummy (the pad token's embedding in every slot), noise (normal vectors with the norms of the own latents),
             shuffled (another sample's latents).
         own: [L, C], the sample's own latents.
         pad_embed: [1, C], for dummy.
@@ -117,6 +117,8 @@ def ablate(
         return np.repeat(pad_embed, len(own), axis=0)
     if kind == "shuffled" and other is not None:
         if other.shape != own.shape:
-            raise ConfigError(f"the other sample's latents are {other.shape}; accepted: {own.shape}, as the sample's own")
+            raise ConfigError(
+                f"the other sample's latents are {other.shape}; accepted: {own.shape}, as the sample's own"
+            )
         return other
     raise ConfigError(f"ablation {kind!r} is unknown or lacks what it needs; accepted: {', '.join(ABLATIONS)}")

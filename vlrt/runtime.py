@@ -5,7 +5,6 @@ The one place where all stages meet. Knows no engine from within: `backends` run
 
 import contextlib
 import sys
-import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -33,7 +32,7 @@ DEFAULT_MAX_TOKENS: Mapping[str, int] = {"latent": 128, "direct": 128, "cot": 10
 class Usage:
     """What an answer took."""
 
-    num_frames: int  # of the video, after sampling and padding to whole temporal patches
+    num_frames: int  # of the video, after sampling; the repeats that fill the last temporal patch are not counted
     video_tokens: int
     prompt_tokens: int  # video tokens included
     latents: int
@@ -87,7 +86,8 @@ class Stream:
 
     def __iter__(self) -> Iterator[str]:
         """Yield text pieces."""
-        self._answer = yield from self._pieces
+        answer = yield from self._pieces
+        self._answer = answer or self._answer  # a second look finds nothing left
 
     @property
     def answer(self) -> Answer:
@@ -127,13 +127,6 @@ class _Clock:
 
 
 @dataclass(frozen=True)
-class _Media:
-    is_image: bool
-    grid_thw: tuple[int, int, int]
-    seconds_per_temporal_patch: float
-
-
-@dataclass(frozen=True)
 class _Request:
     """A checked question."""
 
@@ -154,7 +147,6 @@ class Runtime:
         self.model = backend.model
         self.tokenizer = tokenizer
         self._backend: Backend | None = backend
-        self._lock = threading.Lock()
 
     @classmethod
     def open(cls, path: str | Path, *, backend: str = "auto", threads: int | None = None) -> "Runtime":
@@ -238,11 +230,8 @@ class Runtime:
         return Stream(self._answer(source, request, num_frames, fps))
 
     def close(self) -> None:
-        """Free the model. Later calls raise ConfigError."""
-        with self._lock:
-            backend, self._backend = self._backend, None
-        if backend is not None:
-            backend.close()
+        """Let the model go, once answers under way in other threads have ended. Later calls raise ConfigError."""
+        self._backend = None
 
     def __enter__(self) -> "Runtime":
         return self
@@ -292,8 +281,8 @@ class Runtime:
         shaped = isinstance(latents, np.ndarray) and latents.ndim == 2 and latents.shape[1] == width
         if how != "latent" or not (named or shaped):
             raise ConfigError(
-                f"latents are {getattr(latents, 'shape', latents)!r} with reasoning {how!r}; accepted with 'latent': an "
-                f"array [L, {width}], 'dummy' or 'noise'"
+                f"latents are {getattr(latents, 'shape', latents)!r} with reasoning {how!r}; accepted with 'latent': "
+                f"an array [L, {width}], 'dummy' or 'noise'"
             )
         return latents if named else np.asarray(latents, np.float32)
 
@@ -391,7 +380,7 @@ class Runtime:
             warnings=frames.warnings,
         )
 
-    def _encode(self, backend: Backend, frames: video.Frames, clock: _Clock) -> tuple[Array, _Media]:
+    def _encode(self, backend: Backend, frames: video.Frames, clock: _Clock) -> tuple[Array, prompt.Media]:
         """Run the vision tower over chunks of whole temporal patches; return video tokens [N_v, C]."""
         cfg = self.model
         with clock("preprocess"):
@@ -405,7 +394,7 @@ class Runtime:
             seconds = patches.seconds_per_temporal_patch
             with clock("vision"):
                 parts.append(backend.encode(patches.pixels, patches.grid_thw))
-        return backend.join(parts), _Media(frames.is_image, grid, seconds)
+        return backend.join(parts), prompt.Media(frames.is_image, grid, seconds)
 
     def _room(self, request: _Request) -> int:
         """Slots that the sequence may take beyond its prompt."""

@@ -137,8 +137,10 @@ def _load_video(
         indices = frame_indices(total, count)
         data = np.empty((0, 0, 0, 3), np.uint8)
         height = width = 0
+        matrix = None
         for i, frame in enumerate(decode_frames(container, times, indices.tolist())):
-            picture = _upright(frame)
+            matrix = _display_matrix(frame) if i == 0 else matrix
+            picture = _upright(frame, matrix)
             if i == 0:
                 height, width = picture.shape[:2]
                 data = np.empty((count, *frame_size(height, width, count, video, vision), 3), np.uint8)
@@ -183,14 +185,24 @@ def _load_list(
     return Frames(data, indices / rate, rate, len(sources) / rate, sample_fps, height, width)
 
 
-def _upright(frame: VideoFrame) -> NDArray[np.uint8]:
-    """Return a decoded frame as [H, W, 3] uint8 RGB, turned and mirrored as its display matrix says."""
-    picture: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")  # type: ignore[assignment]  # rgb24 is uint8
+def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
+    """Return (a, b, c, d), by which a pixel is shown at x' = a x + c y and y' = b x + d y, y down; None: as stored.
+
+    Asked of one frame per video: PyAV keeps each frame whose side data were looked at until the garbage collector runs.
+    """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return picture
+        return None
     a, b, _, c, d = np.frombuffer(memoryview(matrix), np.int32, count=5).tolist()  # type: ignore[arg-type]  # a buffer
-    # x' = a x + c y and y' = b x + d y, y down; anything but quarter turns is taken as the nearest one.
+    return a, b, c, d
+
+
+def _upright(frame: VideoFrame, matrix: tuple[int, int, int, int] | None) -> NDArray[np.uint8]:
+    """Return a decoded frame as [H, W, 3] uint8 RGB, turned by quarters and mirrored as the display matrix says."""
+    picture: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")  # type: ignore[assignment]  # rgb24 is uint8
+    if matrix is None:
+        return picture
+    a, b, c, d = matrix
     if abs(b) > abs(a):
         picture, flip_rows, flip_columns = picture.swapaxes(0, 1), b < 0, c < 0
     else:
