@@ -96,15 +96,15 @@ def test_sparse_sampling_skips_what_it_can(kinds: Path, name: str, monkeypatch: 
     fed = 0
     decode = vlrt.container.Container.decode
 
-    def count(self: Container, packet: object) -> list[object]:
+    def count(self: Container, packet: object, wanted_from: int | None) -> list[object]:
         nonlocal fed
         fed += 1
-        return decode(self, packet)  # type: ignore[arg-type, return-value]
+        return decode(self, packet, wanted_from)  # type: ignore[arg-type, return-value]
 
     monkeypatch.setattr(Container, "decode", count)
     frames = load(path, SMALL, VISION, num_frames=4)
     assert [number_of(f) for f in frames.data] == [0, 100, 199, 299]
-    assert fed < 150
+    assert fed < 1 + 5 + 8 + 12 + 4 * 8  # from keyframes at every 12th frame, and what fills the pipeline
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm"])
@@ -323,4 +323,4 @@ def test_ten_minutes_of_1080p_stay_small(tmp_path: Path) -> None:
     grown_kib, shape, last = json.loads(done.stdout)
     assert shape == [64, 560, 1008, 3]
     assert last == 599
-    assert grown_kib * 1024 < 400e6
+    assert grown_kib * 1024 < 300e6, f"{grown_kib} KiB"  # the frames themselves are 108 MB
