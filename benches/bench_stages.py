@@ -11,7 +11,6 @@ its parity gate, and every answer must repeat itself.
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from rich.table import Table
 import vlrt
 from benches import machine, material
 from vlrt.bundle import Bundle
+from vlrt.runtime import peak_host_memory_bytes
 
 STAGES = ("decode", "preprocess", "vision", "prefill", "latents", "answer", "total")
 QUESTION = "What moves first, and which way does it go?"
@@ -103,7 +103,9 @@ def _worker(connection: Connection, path: Path, clip: Path, threads: int | None)
     opened = time.perf_counter() - start
     runtime.ask(clip, QUESTION, reasoning="latent", num_frames=16, max_tokens=1)
     first = time.perf_counter() - start
-    connection.send({"open_seconds": opened, "open_to_first_answer_seconds": first, "loaded_bytes": _rss()})
+    connection.send(
+        {"open_seconds": opened, "open_to_first_answer_seconds": first, "loaded_bytes": peak_host_memory_bytes()}
+    )
     answers: dict[Any, Any] = {}
     while (request := connection.recv()) is not None:
         num_frames, how, tokens = request
@@ -152,10 +154,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         first = f"{row['cold']['open_to_first_answer_seconds']:.2f}"
         table.add_row(row["shape"], row["precision"], str(row["num_frames"]), row["reasoning"], *seconds, peak, first)
     return table
-
-
-def _rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":
