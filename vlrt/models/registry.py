@@ -54,6 +54,8 @@ def load(module: nn.Module, fetch: Fetch, *, prefix: str = "", dtype: torch.dtyp
     if isinstance(module, VideoLatent) and module.cfg.decoder.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     module.load_state_dict(state, assign=True)
+    if isinstance(module, VideoLatent) and module.cfg.decoder.tie_word_embeddings:
+        module.lm_head.weight = module.model.embed_tokens.weight  # assigning made two parameters of one tensor
     module.requires_grad_(False)
 
 
