@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 import vlrt
 from vlrt.fresh import write_checkpoint
@@ -159,6 +160,15 @@ def test_warnings_of_an_answer_go_to_stderr(room: Path) -> None:
     warnings = json.loads(done.stdout)["warnings"]
     assert warnings
     assert done.stderr.splitlines() == [f"vlrt: warning: {warning}" for warning in warnings]
+
+
+def test_warnings_of_other_packages_are_one_line_each(room: Path) -> None:
+    picture = Image.new("P", (64, 64))
+    picture.putpalette(bytes(range(256)) * 3)
+    picture.save(room / "palette.png", transparency=bytes([0, 128, 255]))  # Pillow warns when it is converted
+    done = run("ask", "tiny.vlrt", "palette.png", QUESTION, "--max-tokens", 2, cwd=room)
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith("vlrt: warning: ") for line in done.stderr.splitlines())
 
 
 def test_version(tmp_path: Path) -> None:

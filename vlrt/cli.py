@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code; wrong usage raises SystemExit(2)."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding does not
+    warnings.showwarning = lambda message, *_: _complain("warning", str(message))
     try:
         args = _parser().parse_args(argv)
         command: Callable[[argparse.Namespace], None] = args.command
