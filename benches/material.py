@@ -21,15 +21,21 @@ def cache() -> Path:
     return path
 
 
+def checkpoint(shape: str) -> Path:
+    """Return an untrained bf16 checkpoint of a shape, written where it is not in the cache yet."""
+    path = cache() / shape
+    if not (path / "config.json").is_file():
+        fresh.write_checkpoint(path, shape=shape, dtype="bfloat16")
+    return path
+
+
 def bundle(shape: str, precision: str) -> Path:
     """Return a bundle of a shape, exported from a fresh bf16 checkpoint where it is not in the cache yet."""
-    checkpoint, out = cache() / shape, cache() / f"{shape}-{precision}.vlrt"
-    if not (checkpoint / "config.json").is_file():
-        fresh.write_checkpoint(checkpoint, shape=shape, dtype="bfloat16")
+    out = cache() / f"{shape}-{precision}.vlrt"
     if not out.exists():
         from vlrt.export import exporter  # brings torch, which must not count as memory of a bench
 
-        exporter.export(checkpoint, out, precision=precision)
+        exporter.export(checkpoint(shape), out, precision=precision)
     return out
 
 
