@@ -22,7 +22,8 @@ NUM_ANSWER_TOKENS = 8
 QUESTION = "What moves first, and which way does it go?"
 GRID_MERGED = (2, 5, 3)  # temporal patches, rows, columns of video tokens: more than one window, none of them square
 ERROR_LIMITS: dict[Precision, float] = {"fp32": 1e-4, "int8": 0.25}
-AGREEMENT_LIMITS: dict[Precision, float] = {"fp32": 1.0, "int8": 0.5}
+# int8 is refused for its errors, not for its words: with random weights the likeliest tokens lie within any error.
+AGREEMENT_LIMITS: dict[Precision, float] = {"fp32": 1.0, "int8": 0.0}
 
 
 @dataclass(frozen=True)
