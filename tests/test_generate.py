@@ -212,7 +212,7 @@ def test_a_writer_that_runs_out_of_room_says_so():
     """Catches a write beyond the cache."""
     backend = FakeBackend()
     writer = Writer(backend, a_context(backend), 2)
-    with pytest.raises(ConfigError, match="KV cache of 7"):
+    with pytest.raises(ConfigError, match="8 slots of a cache of 7"):
         writer.feed(backend.embed(np.arange(3)))
 
 

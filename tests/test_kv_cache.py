@@ -33,7 +33,7 @@ def test_a_full_cache_is_refused_before_it_is_touched():
     cache = KVCache(fake_model().decoder, 4)
     cache.place(*rows(3, 1))
     cache.advance(3)
-    with pytest.raises(ConfigError, match="5 slots of a KV cache of 4"):
+    with pytest.raises(ConfigError, match="5 slots of a cache of 4"):
         cache.place(*rows(2, 2))
     assert cache.length == 3
     assert cache.cos[:, 0].tolist() == [1, 1, 1, 0]
