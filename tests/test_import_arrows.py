@@ -47,10 +47,11 @@ ARROWS = {
     "export": [*BASE, "bundle", "checkpoint", "kernels", "models", "names", "ops", "positions", "prompt"],
     "export.exporter": [*BASE, "bundle", "checkpoint", "models", "prompt", "backends"],
     "export.verify": [*CORE, "backends", "generate", "session", "runtime"],
+    "train": [*BASE, "checkpoint", "latent", "models", "ops", "positions"],
     "doctor": ["errors", "backends"],
     "cli": [*BASE, "bundle", "checkpoint", "runtime", "fresh", "doctor", "export"],
 }
-NEEDS_AN_ENGINE = {"kernels", "ops", "models", "export", "export.exporter", "export.verify", "backends.torch"}
+NEEDS_AN_ENGINE = {"kernels", "ops", "models", "train", "export", "export.exporter", "export.verify", "backends.torch"}
 LOADS_TORCH_WHEN_ASKED_FOR_A_TENSOR = {"checkpoint"}
 SAYS_ITS_VERSION = {"cli", "doctor", "export.exporter"}
 
