@@ -140,6 +140,16 @@ def test_the_first_end_token_ends_the_answer():
         assert list(writer.answer(max_tokens=9, min_tokens=0, eos=(383, end))) == free[: free.index(end)]
 
 
+@pytest.mark.parametrize("min_tokens", range(6))
+def test_an_end_token_counts_from_min_tokens_on(min_tokens):
+    """Catches a minimum that is off by one: an answer of exactly min_tokens is long enough."""
+    context = a_context(FakeBackend(), VIDEO)
+    for end in ByHand.of(context).answer(6):
+        writer = Writer(FakeBackend(), context, 9)
+        found = list(writer.answer(max_tokens=9, min_tokens=min_tokens, eos=(end,)))
+        assert found == ByHand.of(context).answer(9, min_tokens, (end,))
+
+
 @pytest.mark.parametrize("taken", [0, 1, 3, 6])
 def test_an_answer_that_is_left_early_can_be_scored(taken):
     """Catches the last token taken, which was chosen but not fed yet, being lost, or fed twice."""

@@ -97,7 +97,7 @@ def test_training_and_inference_attend_alike(make_checkpoint, length):
 
 
 def test_a_mask_says_who_looks_where(make_checkpoint):
-    """Catches a mask that is ignored, inverted, or added to the causal one by the wrong axis (the bottleneck mask)."""
+    """Catches a mask that is ignored, inverted, transposed or cut down to the causal one (the bottleneck mask)."""
     checkpoint = make_checkpoint()
     model = loaded(checkpoint, torch.float64)
     ids, where = some_input(checkpoint, 63)
@@ -117,6 +117,8 @@ def test_a_mask_says_who_looks_where(make_checkpoint):
     after = model.model(other, attend)
     torch.testing.assert_close(after[:, 20:], before[:, 20:], rtol=0, atol=0)
     assert not torch.allclose(after[:, 5:20], before[:, 5:20])
+    everywhere = full(checkpoint, where, torch.float64, torch.ones(63, 63, dtype=torch.bool))
+    assert not torch.allclose(model.model(other, everywhere)[:, :5], model.model(embeds, everywhere)[:, :5])
 
 
 def test_gradients_equal_transformers(make_checkpoint):
