@@ -91,20 +91,7 @@ def trace_all(model: VideoLatent) -> Iterator[tuple[names.Graph, ir.Model]]:
         if injection.looks_at_video:
             todo.append((names.LATENT_MEMORY, _LatentMemory(model)))
     for graph, module in todo:
-        yield graph, trace(graph, module, sizes(cfg))
-
-
-def sizes(cfg: config.Model) -> dict[str, int]:
-    """Return the dimensions of names.py that a config fixes."""
-    return {
-        "patch_dim": cfg.vision.patch_dim,
-        "D_vision/2": cfg.vision.head_dim // 2,
-        "C": cfg.decoder.hidden_size,
-        "D": cfg.decoder.head_dim,
-        "D/2": cfg.decoder.head_dim // 2,
-        "H_kv": cfg.decoder.num_kv_heads,
-        "V": cfg.decoder.vocab_size,
-    }
+        yield graph, trace(graph, module, config.dimensions(cfg))
 
 
 def trace(graph: names.Graph, module: nn.Module, fixed: dict[str, int]) -> ir.Model:

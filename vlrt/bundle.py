@@ -146,7 +146,11 @@ class Bundle:
         if record is None:
             raise BundleError(f"{self.path} has no file {name!r} in its manifest; export it again")
         self._check_size(name, record)
-        if (found := sha256(self.path / name)) != record.sha256:
+        try:
+            found = sha256(self.path / name)
+        except OSError as error:
+            raise BundleError(f"{self.path / name} cannot be read: {error.strerror}") from error
+        if found != record.sha256:
             raise BundleError(
                 f"{self.path / name} is damaged: its sha256 is {found[:16]}..., the manifest says "
                 f"{record.sha256[:16]}...; copy or export the bundle again"
@@ -165,9 +169,11 @@ class Bundle:
 
     def _check_size(self, name: str, record: FileRecord) -> None:
         try:
-            found = (self.path / name).stat().st_size
-        except OSError:
-            raise BundleError(f"{self.path} lacks its file {name}; copy or export the bundle again") from None
+            is_file, found = (self.path / name).is_file(), (self.path / name).stat().st_size
+        except (OSError, ValueError):  # ValueError: a name that the system cannot have
+            is_file, found = False, 0
+        if not is_file:
+            raise BundleError(f"{self.path} lacks its file {name!r}; copy or export the bundle again")
         if found != record.num_bytes:
             raise BundleError(
                 f"{self.path / name} has {found} bytes, the manifest says {record.num_bytes}; copy or export the "
@@ -274,13 +280,27 @@ def _read_manifest(path: Path) -> Manifest:
         for name in manifest.files:
             if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
                 raise ConfigError(f"files names {name!r}; accepted: paths inside the bundle")
-        for table in filter(None, (manifest.embed, manifest.head, manifest.queries)):
-            if (
-                table.file not in manifest.files
-                or table.rows < 1
-                or table.columns != manifest.model.decoder.hidden_size
-            ):
-                raise ConfigError(f"table {table.file!r} is not among the files, or of the wrong width")
+        _check_tables(manifest)
     except ConfigError as error:
         raise BundleError(f"{path} is damaged: {error}; export the bundle again") from error
     return manifest
+
+
+def _check_tables(manifest: Manifest) -> None:
+    """Refuse tables that are not among the files, or that the model would be read from at other rows."""
+    decoder, plan = manifest.model.decoder, manifest.model.latent
+    num_queries = plan.num_latents if plan is not None and plan.rollout == "parallel" else None
+    for name, table, rows in (
+        ("embed", manifest.embed, decoder.vocab_size),
+        ("head", manifest.head, None if decoder.tie_word_embeddings else decoder.vocab_size),
+        ("queries", manifest.queries, num_queries),
+    ):
+        if (table is None) != (rows is None):
+            raise ConfigError(f"the model {'lacks' if table is None else 'has no use for'} the table {name!r}")
+        if table is None:
+            continue
+        if (table.rows, table.columns) != (rows, decoder.hidden_size) or table.file not in manifest.files:
+            raise ConfigError(
+                f"table {name!r} is {table.rows} x {table.columns} in {table.file!r}; accepted: {rows} x "
+                f"{decoder.hidden_size} in one of the files"
+            )

@@ -14,6 +14,10 @@ from vlrt.errors import ConfigError
 
 T = TypeVar("T")
 
+MAX_LAYERS = 1024  # more is a damaged config: the largest published decoder has 80
+MAX_FLOAT = 3e38  # of float32, in which models compute
+MAX_INT = 2**63 - 1  # what arrays and files count with; beyond it float() and C extensions overflow
+
 Family = Literal["qwen2_vl", "qwen2_5_vl"]
 Rollout = Literal["recurrent", "parallel"]
 Injection = Literal["identity", "rms", "mlp", "mlp_xattn"]
@@ -44,6 +48,7 @@ class Vision:
         """Refuse sizes that no tower can have."""
         _positive(self, "depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size")
         _positive(self, "temporal_patch_size", "spatial_merge_size", "in_channels", "norm_eps")
+        _has_layers("vision.depth", self.depth)
         _divides("vision.hidden_size", self.hidden_size, "num_heads", self.num_heads)
         if self.head_dim % 4:
             raise ConfigError(f"vision head dim is {self.head_dim}; 2-D rotary needs a multiple of 4")
@@ -85,6 +90,7 @@ class Decoder:
         """Refuse sizes that no decoder can have."""
         _positive(self, "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
         _positive(self, "vocab_size", "rope_theta", "rms_norm_eps", "max_positions")
+        _has_layers("decoder.num_layers", self.num_layers)
         _divides("decoder.num_heads", self.num_heads, "num_kv_heads", self.num_kv_heads)
         if 2 * sum(self.mrope_section) != self.head_dim:
             raise ConfigError(
@@ -128,6 +134,11 @@ class Tokens:
     vision_end_token_id: int
     eos_token_ids: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        """Refuse a model that has no way to end an answer."""
+        if not self.eos_token_ids:
+            raise ConfigError("tokens.eos_token_ids is empty; accepted: one id or more")
+
 
 @dataclass(frozen=True)
 class Video:
@@ -153,7 +164,15 @@ class Video:
         _positive(self, "fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
         _positive(self, "image_min_pixels", "image_max_pixels", "max_file_bytes", "max_source_pixels")
         _positive(self, "max_source_frames")
-        for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+        if not all(abs(value) < MAX_FLOAT for value in self.mean):
+            raise ConfigError(f"video.mean is {list(self.mean)}; accepted: finite numbers")
+        if not all(0 < value < MAX_FLOAT for value in self.std):
+            raise ConfigError(f"video.std is {list(self.std)}; accepted: numbers above 0")
+        for low, high in (
+            ("min_frames", "max_frames"),
+            ("min_pixels", "max_pixels"),
+            ("image_min_pixels", "image_max_pixels"),
+        ):
             if getattr(self, low) > getattr(self, high):
                 raise ConfigError(
                     f"video.{low} is {getattr(self, low)}; accepted: at most {high} = {getattr(self, high)}"
@@ -186,6 +205,19 @@ class Model:
                 raise ConfigError(
                     f"{name} is {token_id}; accepted: 0 to vocab_size - 1 = {self.decoder.vocab_size - 1}"
                 )
+
+
+def dimensions(model: Model) -> dict[str, int]:
+    """Return the dimensions of names.py that a config fixes, by their letters there."""
+    return {
+        "patch_dim": model.vision.patch_dim,
+        "D_vision/2": model.vision.head_dim // 2,
+        "C": model.decoder.hidden_size,
+        "D": model.decoder.head_dim,
+        "D/2": model.decoder.head_dim // 2,
+        "H_kv": model.decoder.num_kv_heads,
+        "V": model.decoder.vocab_size,
+    }
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -240,6 +272,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return {str(k): _convert(typing.get_args(hint)[1], v, f"{path}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, path=f"{path}.")
+    if isinstance(value, int) and abs(value) > MAX_INT:
+        raise ConfigError(f"{path} is a number of {value.bit_length()} bits; accepted: at most 63")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -250,8 +284,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not (isinstance(value, int | float) and 0 < value < float("inf")):
+        if not (isinstance(value, int | float) and 0 < value < MAX_FLOAT):
             raise ConfigError(f"{type(config).__name__.lower()}.{name} is {value!r}; accepted: a number above 0")
+
+
+def _has_layers(name: str, count: int) -> None:
+    if count > MAX_LAYERS:
+        raise ConfigError(f"{name} is {count}; accepted: at most {MAX_LAYERS}")
 
 
 def _divides(name: str, value: int, by_name: str, by: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from vlrt import names, positions
+from vlrt import config, names, positions
 from vlrt.backends.base import Floats, Ids
 from vlrt.bundle import Bundle, Table, widen
 from vlrt.errors import BundleError
@@ -167,7 +167,7 @@ class OrtBackend:
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class of its own per status code, all below Exception
             raise BundleError(f"{path} does not load in onnxruntime {ort.__version__}: {error}") from error
-        _check_contract(path, session, graph)
+        _check_contract(path, session, graph, config.dimensions(self.model))
         return session
 
     @staticmethod
@@ -184,15 +184,18 @@ def _weight_files(bundle: Bundle, graph: str) -> list[str]:
     return [name for name in bundle.manifest.files if name == f"{graph}.bin"]
 
 
-def _check_contract(path: Path, session: ort.InferenceSession, graph: names.Graph) -> None:
-    for have, want in (
-        *zip(session.get_inputs(), graph.inputs, strict=False),
-        *zip(session.get_outputs(), graph.outputs, strict=False),
-    ):
-        if (have.name, _DTYPES.get(have.type), len(have.shape)) != (want.name, want.dtype, len(want.shape)):
-            raise BundleError(
-                f"{path} has a tensor {have.name} {have.type} {have.shape}, expected {want.name} {want.dtype} "
-                f"{list(want.shape)}; export the bundle again"
-            )
+def _check_contract(path: Path, session: ort.InferenceSession, graph: names.Graph, fixed: dict[str, int]) -> None:
+    """Refuse a graph whose inputs and outputs are not those of the contract, at the sizes that the config fixes."""
+    have = (*session.get_inputs(), *session.get_outputs())
+    want = (*graph.inputs, *graph.outputs)
     if (len(session.get_inputs()), len(session.get_outputs())) != (len(graph.inputs), len(graph.outputs)):
         raise BundleError(f"{path} has other inputs or outputs than this version of vlrt knows; export it again")
+    for given, tensor in zip(have, want, strict=True):
+        shape = [fixed.get(d, d) if isinstance(d, str) else d for d in tensor.shape]
+        known = [(size, wanted) for size, wanted in zip(given.shape, shape, strict=False) if isinstance(wanted, int)]
+        same = all(size == wanted for size, wanted in known) and len(given.shape) == len(shape)
+        if (given.name, _DTYPES.get(given.type)) != (tensor.name, tensor.dtype) or not same:
+            raise BundleError(
+                f"{path} has a tensor {given.name} {given.type} {given.shape}, expected {tensor.name} {tensor.dtype} "
+                f"{shape}; export the bundle again"
+            )
