@@ -106,14 +106,14 @@ def _write(checkpoint: Checkpoint, directory: Path, precision: Precision, tell: 
         head = _write_table(checkpoint, "lm_head.weight", "lm_head_rows.bin", directory, precision, wrote)
     if cfg.latent is not None and cfg.latent.rollout == "parallel":
         queries = _write_table(checkpoint, "latent_injection.queries", "queries.bin", directory, "fp32", wrote)
-    names = []
+    written = {}
     for graph, model in graphs.trace_all(registry.build(cfg)):
         tell(f"writing graph {graph.name}", _WRITE_SHARE * min(done / total, 1.0))
         recipes = quantize.lower_linears(model, precision)
         if recipes.pop(quantize.HEAD, None) is not None:
             onnx.share_table(model, quantize.HEAD, head or embed, directory)
         onnx.write_graph(model, directory, recipes, fetch, wrote)
-        names.append(graph.name)
+        written[graph.name] = graph
     for name in prompt.FILES:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
@@ -124,7 +124,7 @@ def _write(checkpoint: Checkpoint, directory: Path, precision: Precision, tell: 
         backend="ort",
         precision=precision,
         model=cfg,
-        graphs=tuple(names),
+        graphs=written,
         embed=embed,
         head=head,
         queries=queries,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.bundles import QUICK
-from vlrt import bundle, fresh
+from vlrt import bundle, fresh, names
 from vlrt.bundle import Bundle, Check, FileRecord, Manifest, Table
 from vlrt.errors import BundleError, ExportError, VlrtError
 from vlrt.runtime import Runtime
@@ -39,7 +39,7 @@ def write_small(directory: Path) -> Manifest:
         backend="ort",
         precision="int8",
         model=fresh.fresh_model(overrides=QUICK, tie=True),
-        graphs=("vision", "decoder"),
+        graphs={"vision": names.vision(windowed=True), "decoder": names.decoder(2)},
         embed=Table("embed.bin", "float32", *ROWS.shape),
         head=None,
         queries=None,

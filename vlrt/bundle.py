@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt import config
+from vlrt import config, names
 from vlrt.errors import BundleError, ConfigError, ExportError
 
 SCHEMA_VERSION = 1
@@ -76,7 +76,7 @@ class Manifest:
     backend: BackendName
     precision: Precision
     model: config.Model
-    graphs: tuple[str, ...]  # names of names.py; the file of each is <name>.onnx
+    graphs: dict[str, names.Graph]  # inputs and outputs of each; its file is <name>.onnx, its weights <name>.bin
     embed: Table
     head: Table | None  # rows of the output head; None: they are those of `embed`
     queries: Table | None  # of the parallel rollout

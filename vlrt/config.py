@@ -252,7 +252,13 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is types.UnionType:
         inner = [h for h in typing.get_args(hint) if h is not types.NoneType]
-        return None if value is None else _convert(inner[0], value, path)
+        if value is None and len(inner) < len(typing.get_args(hint)):
+            return None
+        if len(inner) == 1:
+            return _convert(inner[0], value, path)
+        if not isinstance(value, tuple(inner)) or isinstance(value, bool):
+            raise ConfigError(f"{path} is {value!r}; accepted: {' or '.join(kind.__name__ for kind in inner)}")
+        return value
     if origin is Literal:
         if value not in typing.get_args(hint):
             raise ConfigError(f"{path} is {value!r}; accepted: {', '.join(map(repr, typing.get_args(hint)))}")

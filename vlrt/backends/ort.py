@@ -155,8 +155,11 @@ class OrtBackend:
 
     def _load(self, bundle: Bundle, graph: names.Graph) -> ort.InferenceSession:
         """Verify the files of a graph, load it, and hold its inputs and outputs against the contract."""
-        if graph.name not in bundle.manifest.graphs:
-            raise BundleError(f"{bundle.path} has no graph {graph.name!r}; export it again")
+        if bundle.manifest.graphs.get(graph.name) != graph:
+            raise BundleError(
+                f"{bundle.path} lacks graph {graph.name!r}, or it has other inputs or outputs than this version of vlrt "
+                "knows; export it again"
+            )
         path = bundle.file(f"{graph.name}.onnx")
         for name in _weight_files(bundle, graph.name):
             bundle.file(name)
