@@ -47,9 +47,12 @@ ARROWS = {
     "export": [*BASE, "bundle", "checkpoint", "kernels", "models", "names", "ops", "positions", "prompt"],
     "export.exporter": [*BASE, "bundle", "checkpoint", "models", "prompt", "backends"],
     "export.verify": [*CORE, "backends", "generate", "session", "runtime"],
-    "train": [*BASE, "checkpoint", "latent", "models", "ops", "positions"],
+    "train": [*BASE, "checkpoint", "latent", "models", "ops", "positions", "preprocess", "prompt", "video"],
+    "train.scenes": [],
+    "train.families": [],
+    "train.synthetic": BASE,
     "doctor": ["errors", "backends"],
-    "cli": [*BASE, "bundle", "checkpoint", "runtime", "fresh", "doctor", "export"],
+    "cli": [*BASE, "bundle", "checkpoint", "runtime", "fresh", "doctor", "export", "train.synthetic"],
 }
 NEEDS_AN_ENGINE = {"kernels", "ops", "models", "train", "export", "export.exporter", "export.verify", "backends.torch"}
 LOADS_TORCH_WHEN_ASKED_FOR_A_TENSOR = {"checkpoint"}

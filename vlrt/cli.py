@@ -141,6 +141,29 @@ def init(args: argparse.Namespace) -> None:
     _put(str(write_checkpoint(args.output, shape=args.shape, seed=args.seed)))
 
 
+def synth(args: argparse.Namespace) -> None:
+    """Write clips of moving shapes with questions about them: mp4 files and triplets.jsonl."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vlrt.config import from_dict
+    from vlrt.train import synthetic
+
+    names = ("seed", "split", "families", "forms", "size", "fps", "num_frames", "num_swaps")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    settings = from_dict(synthetic.Synthetic, given)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("clips", total=args.n)
+        path = synthetic.write(
+            args.output,
+            settings,
+            args.n,
+            workers=args.workers,
+            progress=lambda done, num: progress.update(task, completed=done, total=num),
+        )
+    _put(str(path))
+
+
 def _bundle_facts(path: Path) -> dict[str, Any]:
     from vlrt import config
     from vlrt.bundle import Bundle
@@ -249,9 +272,13 @@ def _parser() -> argparse.ArgumentParser:
     rate = _number(float, 1e-9, "a number above 0")
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def verb(function: Callable[[argparse.Namespace], None], **arguments: dict[str, Any]) -> argparse.ArgumentParser:
+    def verb(
+        function: Callable[[argparse.Namespace], None], *, under: Any = verbs, **arguments: dict[str, Any]
+    ) -> argparse.ArgumentParser:
         summary = (function.__doc__ or "").strip()
-        sub = verbs.add_parser(function.__name__, help=summary, description=summary, allow_abbrev=False)
+        sub: argparse.ArgumentParser = under.add_parser(
+            function.__name__, help=summary, description=summary, allow_abbrev=False
+        )
         sub.set_defaults(command=function, parser=sub)
         for name, options in arguments.items():
             sub.add_argument(name, **options)
@@ -292,4 +319,25 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb(init, output={"metavar": "OUT", "help": "the directory to make"})
     sub.add_argument("--shape", choices=["tiny", "small", "3b", "7b"], default="tiny", help="its size (default: tiny)")
     sub.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
+
+    summary = "Make data to train and to evaluate with."
+    data = verbs.add_parser("data", help=summary, description=summary, allow_abbrev=False)
+    sub = verb(
+        synth,
+        under=data.add_subparsers(title="commands", required=True, metavar="COMMAND"),
+        output={"metavar": "OUT", "help": "the directory to write, or to go on with"},
+    )
+    sub.add_argument("--n", type=count, required=True, metavar="N", help="so many clips, one question each")
+    sub.add_argument("--seed", type=count_or_zero, default=0, help="of everything (default: 0)")
+    sub.add_argument(
+        "--split", choices=["train", "validation", "test"], default="train", help="they share nothing (default: train)"
+    )
+    sub.add_argument("--families", nargs="+", metavar="FAMILY", help="of questions (default: all)")
+    sub.add_argument("--forms", nargs="+", metavar="FORM", help="choice, free (default: both)")
+    sub.add_argument("--size", type=count, default=56, metavar="PIXELS", help="of both sides (default: 56)")
+    sub.add_argument("--fps", type=rate, default=4.0, metavar="F", help="frames per second (default: 4)")
+    span: dict[str, Any] = {"nargs": 2, "type": count}
+    sub.add_argument("--num-frames", metavar=("LOW", "HIGH"), help="of a clip (default: 16 24)", **span)
+    sub.add_argument("--num-swaps", metavar=("LOW", "HIGH"), help="of cups (default: 3 8)", **span)
+    sub.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core)")
     return parser
