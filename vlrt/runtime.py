@@ -4,6 +4,7 @@ The one place where all stages meet. Knows no engine from within: `backends` run
 """
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -15,13 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt import preprocess, prompt, video
+from vlrt import preprocess, prompt
 from vlrt.backends import select
 from vlrt.backends.base import Array, Backend
 from vlrt.bundle import Bundle
 from vlrt.errors import ConfigError
 from vlrt.generate import Replace, Writer, read
 from vlrt.latent import ABLATIONS, ablate
+from vlrt.video import Frames, load
+
+Source = str | os.PathLike[str] | bytes | Sequence[str | os.PathLike[str]] | Frames
 
 VISION_CHUNK = 4096  # patches per pass of the vision tower, rounded up to whole temporal patches
 ANSWER_TAG = "<answer>"  # where a chain of thought turns into the answer
@@ -172,7 +176,7 @@ class Runtime:
 
     def ask(
         self,
-        source: Any,
+        video: Source,
         question: str,
         *,
         choices: Sequence[str] | None = None,
@@ -186,7 +190,7 @@ class Runtime:
         """Answer a question about a video.
 
         Args:
-            source: what `video.load` takes: path or bytes of a video or image, a list of image paths, or Frames.
+            video: what `vlrt.video.load` takes: path or bytes of a video or image, a list of image paths, or Frames.
             question: any text; control tokens in it are read as plain text.
             choices: the answers to choose from, scored as the model's next words; None: the model writes freely.
             reasoning: "latent", "direct" or "cot"; None: "latent" where the model has latents, else "direct".
@@ -202,7 +206,7 @@ class Runtime:
             ConfigError: a setting is out of range, or the prompt is longer than the model's positions.
         """
         request = self._check(question, choices, reasoning, max_tokens, min_tokens, latents)
-        pieces = self._answer(source, request, num_frames, fps)
+        pieces = self._answer(video, request, num_frames, fps)
         while True:
             try:
                 next(pieces)
@@ -212,7 +216,7 @@ class Runtime:
 
     def stream(
         self,
-        source: Any,
+        video: Source,
         question: str,
         *,
         reasoning: prompt.Reasoning | None = None,
@@ -227,7 +231,7 @@ class Runtime:
             ConfigError: a setting is out of range; `ask`'s other errors come with the first piece.
         """
         request = self._check(question, None, reasoning, max_tokens, min_tokens, None)
-        return Stream(self._answer(source, request, num_frames, fps))
+        return Stream(self._answer(video, request, num_frames, fps))
 
     def close(self) -> None:
         """Let the model go, once answers under way in other threads have ended. Later calls raise ConfigError."""
@@ -287,7 +291,7 @@ class Runtime:
         return latents if named else np.asarray(latents, np.float32)
 
     def _answer(
-        self, source: Any, request: _Request, num_frames: int | None, fps: float | None
+        self, video: Source, request: _Request, num_frames: int | None, fps: float | None
     ) -> Generator[str, None, Answer]:
         """Run all stages; yield text as it is written and return the Answer."""
         backend = self._backend
@@ -295,7 +299,7 @@ class Runtime:
             raise ConfigError("this Runtime is closed; open the bundle again")
         clock = _Clock()
         with clock("decode"):
-            frames = video.load(source, self.model.video, self.model.vision, num_frames=num_frames, fps=fps)
+            frames = load(video, self.model.video, self.model.vision, num_frames=num_frames, fps=fps)
         tokens, media = self._encode(backend, frames, clock)
         with clock("prefill"):
             built = prompt.build(self.tokenizer, self.model, request.question, [media], reasoning=request.reasoning)
@@ -343,7 +347,7 @@ class Runtime:
     def _finish(
         self,
         request: _Request,
-        frames: video.Frames,
+        frames: Frames,
         built: prompt.Prompt,
         latents: NDArray[np.float32] | None,
         written: list[int],
@@ -380,7 +384,7 @@ class Runtime:
             warnings=frames.warnings,
         )
 
-    def _encode(self, backend: Backend, frames: video.Frames, clock: _Clock) -> tuple[Array, prompt.Media]:
+    def _encode(self, backend: Backend, frames: Frames, clock: _Clock) -> tuple[Array, prompt.Media]:
         """Run the vision tower over chunks of whole temporal patches; return video tokens [N_v, C]."""
         cfg = self.model
         with clock("preprocess"):
