@@ -60,8 +60,16 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """Change the JSON of a bundle's manifest in place."""
     values = json.loads((path / bundle.MANIFEST).read_text())
     change(values)
-    (path / bundle.MANIFEST).write_text(json.dumps(values))
+    (path / bundle.MANIFEST).write_text(json.dumps(bundle.sealed(values)))
     return path
+
+
+def test_a_changed_value_is_refused(small: Path) -> None:
+    """Catches a flipped digit in the config, which would change answers without a word."""
+    text = (small / bundle.MANIFEST).read_text()
+    assert '"rope_theta": 1000000.0' in text
+    (small / bundle.MANIFEST).write_text(text.replace('"rope_theta": 1000000.0', '"rope_theta": 1000001.0'))
+    refused(small, "do not fit its sha256")
 
 
 def refused(path: Path, *words: str) -> None:
@@ -267,7 +275,7 @@ def test_strange_values_in_manifests(small, start):
     opened = 0
     for seed in range(start, start + 50):
         values = damaged_json(json.loads(original), random.Random(seed))
-        (small / bundle.MANIFEST).write_text(json.dumps(values))
+        (small / bundle.MANIFEST).write_text(json.dumps(bundle.sealed(values)))
         opened += opens_or_says_why(small)
     assert opened < 45
 
@@ -318,7 +326,7 @@ def test_a_runtime_opens_or_says_why_whatever_its_manifest(make_bundle, tmp_path
         for key in outer:
             parent = parent[key]
         parent[last] = rng.choice(strange)
-        (path / bundle.MANIFEST).write_text(json.dumps(values))
+        (path / bundle.MANIFEST).write_text(json.dumps(bundle.sealed(values)))
         try:
             opened = Runtime.open(path, threads=1)
         except VlrtError:

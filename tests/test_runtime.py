@@ -4,6 +4,7 @@ That answers are right is held in test_runtime_parity.py. Not covered: trained w
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from PIL import Image
 import vlrt
 from tests.bundles import QUESTION, QUICK, square, torch_runtime
 from tests.videos import busy, make, picture
+from vlrt import runtime as runtime_module
 from vlrt.backends.ort import OrtBackend, num_usable_cores
 from vlrt.bundle import Bundle
 from vlrt.errors import BackendUnavailable, BundleError, ConfigError, VideoError
@@ -491,3 +494,62 @@ def test_answering_loads_neither_torch_nor_the_exporter(make_bundle, clip, tmp_p
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert loaded.isdisjoint({"torch", "triton", "transformers", "onnx", "onnxscript", "safetensors"})
     assert "onnxruntime" in loaded
+
+
+class Words:
+    """A tokenizer whose tokens are whole words; ids are places in a list."""
+
+    def __init__(self, words):
+        self.words = words
+
+    def encode(self, text):
+        return [self.words.index(character) for character in text]
+
+    def decoder(self):
+        return SimpleNamespace(push=lambda i: self.words[i], finish=lambda: "")
+
+
+@pytest.mark.parametrize(
+    ("said", "kept", "lead"),
+    [
+        (["think ", "<answer", ">B"], 2, ">"),  # a token that runs on beyond the tag is taken back
+        (["think ", "<answer>"], 2, ""),
+        (["think <answer>B"], 0, "<answer>"),
+        (["think "], 1, "<answer>"),  # ended without the tag
+    ],
+)
+def test_choices_are_scored_right_behind_the_tag(opened, said, kept, lead):
+    """Catches a tag that is written twice, or choices that are scored behind the first letter of an answer."""
+    tokenizer = Words([*said, *"<answer>"])
+    runtime = Runtime(SimpleNamespace(model=opened.model), tokenizer)
+    taken_back = []
+    writer = SimpleNamespace(answer=lambda **_: iter(range(len(said))), take_back=lambda: taken_back.append(True))
+    request = runtime_module._Request("?", "cot", ("A", "B"), (), 9, 0, None)
+    written = []
+    pieces = runtime._write(writer, request, written, runtime_module._Clock())
+    missing = []
+
+    def drain():
+        missing.extend((yield from pieces))
+
+    list(drain())
+    assert missing == tokenizer.encode(lead)
+    assert len(written) == kept
+    assert bool(taken_back) == (kept < len(said))
+
+
+def test_a_template_that_is_not_in_the_manifest_is_refused(make_bundle, tmp_path):
+    """Catches prompts of a file that nobody vouches for."""
+    copy = tmp_path / "copy.vlrt"
+    shutil.copytree(make_bundle(), copy)
+    (copy / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(BundleError, match=r"chat_template\.jinja"):
+        Runtime.open(copy)
+
+
+@pytest.mark.parametrize("settings", [{"question": " "}, {"max_tokens": 2.5}, {"min_tokens": 0.5}])
+def test_what_cannot_be_asked_is_refused_before_any_video_is_read(opened, settings):
+    """Catches a decode that ends in a complaint about the question."""
+    settings = {"question": "What?", **settings}
+    with pytest.raises(ConfigError):
+        opened.ask("no-such-video.mp4", **settings)

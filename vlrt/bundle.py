@@ -24,6 +24,7 @@ from vlrt.errors import BundleError, ConfigError, ExportError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+SEAL = "sha256"  # the key of a manifest's own hash
 MAX_MANIFEST_BYTES = 16 * 1024**2
 _BLOCK_BYTES = 4 * 1024**2
 
@@ -238,9 +239,16 @@ def hash_files(directory: Path) -> dict[str, FileRecord]:
 
 
 def save_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write manifest.json."""
-    text = json.dumps(config.to_dict(manifest), indent=1, sort_keys=True)
+    """Write manifest.json, sealed with a hash of its own."""
+    text = json.dumps(sealed(config.to_dict(manifest)), indent=1, sort_keys=True)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a manifest with `sha256`, the hash of all others as compact JSON with sorted keys."""
+    rest = {key: value for key, value in values.items() if key != SEAL}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _replace(temporary: Path, out: Path) -> None:
@@ -254,9 +262,9 @@ def _replace(temporary: Path, out: Path) -> None:
         temporary.rename(out)
     except OSError:
         (old / out.name).rename(out)
+        old.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _is_empty(path: Path) -> bool:
@@ -276,7 +284,9 @@ def _read_manifest(path: Path) -> Manifest:
     if version != SCHEMA_VERSION:
         raise BundleError(f"{path} has schema version {version!r}; accepted: {SCHEMA_VERSION}; export the bundle again")
     try:
-        manifest = config.from_dict(Manifest, values)
+        if values.get(SEAL) != sealed(values)[SEAL]:
+            raise ConfigError("its values do not fit its sha256")
+        manifest = config.from_dict(Manifest, {key: value for key, value in values.items() if key != SEAL})
         for name in manifest.files:
             if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
                 raise ConfigError(f"files names {name!r}; accepted: paths inside the bundle")

@@ -149,6 +149,10 @@ class Writer:
             self._pending = [token_id]
             yield token_id
 
+    def take_back(self) -> None:
+        """Forget the token that `answer` yielded last."""
+        self._pending = []
+
     def score(self, answers: Sequence[Sequence[int]], lead: Sequence[int] = ()) -> list[float]:
         """Return the log probability of each answer, given that it is one of them.
 

@@ -91,13 +91,13 @@ def build(
         raise ConfigError(f"reasoning is {reasoning!r}; accepted: {', '.join(map(repr, get_args(Reasoning)))}")
     if reasoning == "latent" and model.latent is None:
         raise ConfigError("reasoning is 'latent' but the model has no latents; accepted: 'direct', 'cot'")
-    asked = _checked_text("question", question)
+    asked = check_text("question", question)
     asked = f"{asked}\n{COT_INSTRUCTIONS}" if reasoning == "cot" else asked
     kinds = ["image" if medium.is_image else "video" for medium in media]
     content = [*({"type": kind, kind: ""} for kind in kinds), {"type": "text", "text": asked}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
-        messages.insert(0, {"role": "system", "content": _checked_text("system", system)})
+        messages.insert(0, {"role": "system", "content": check_text("system", system)})
     ids, text = tokenizer.encode_chat(messages)
     ids, spans = _expand(ids, media, model)
     if reasoning == "latent" and model.latent is not None:
@@ -153,7 +153,12 @@ def _num_tokens(grid_thw: tuple[int, int, int], merge: int) -> int:
     return time * height * width // merge**2
 
 
-def _checked_text(name: str, text: str) -> str:
+def check_text(name: str, text: str) -> str:
+    """Return a text that people wrote, if it is one.
+
+    Raises:
+        ConfigError: it is empty, too long, no text, or holds half a surrogate pair.
+    """
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(f"the {name} is {text!r}; accepted: text that is not empty")
     if len(text) > MAX_TEXT_CHARS:

@@ -170,7 +170,7 @@ class Runtime:
             raise ConfigError(f"threads is {threads}; accepted: 1 or more")
         bundle = Bundle.open(path)
         for name in prompt.FILES:
-            if name in bundle.manifest.files:
+            if (bundle.path / name).exists():
                 bundle.file(name)
         return cls(select.load(bundle, backend, threads), prompt.Tokenizer.open(bundle.path))
 
@@ -260,11 +260,12 @@ class Runtime:
             raise ConfigError(f"reasoning is {how!r}; accepted: {', '.join(DEFAULT_MAX_TOKENS)}")
         if how == "latent" and self.model.latent is None:
             raise ConfigError("reasoning is 'latent', but this model has no latents; accepted: 'direct', 'cot'")
+        prompt.check_text("question", question)
         most = DEFAULT_MAX_TOKENS[how] if max_tokens is None else max_tokens
-        if most < 1 or not 0 <= min_tokens <= most:
+        if not (isinstance(most, int) and isinstance(min_tokens, int)) or most < 1 or not 0 <= min_tokens <= most:
             raise ConfigError(
-                f"max_tokens is {most} and min_tokens {min_tokens}; accepted: max_tokens of 1 or more, min_tokens from "
-                "0 to max_tokens"
+                f"max_tokens is {most} and min_tokens {min_tokens}; accepted: whole numbers, max_tokens of 1 or more, "
+                "min_tokens from 0 to max_tokens"
             )
         given = tuple(choices) if choices is not None else ()
         if isinstance(choices, str) or (choices is not None and len(given) < 2):
@@ -311,20 +312,23 @@ class Runtime:
             with clock("latents"):
                 latents = np.asarray(writer.reason(context, self._replacement(backend, request)))
         written: list[int] = []
-        thought_ends = False
+        lead: list[int] = []
         if not request.choices or request.reasoning == "cot":
-            thought_ends = yield from self._write(writer, request, written, clock)
+            lead = yield from self._write(writer, request, written, clock)
         log_scores = None
         if request.choices:
             with clock("answer"):
-                lead = self.tokenizer.encode(ANSWER_TAG) if request.reasoning == "cot" and not thought_ends else []
                 log_scores = writer.score(request.choice_ids, lead)
         return self._finish(request, frames, built, latents, written, log_scores, clock)
 
     def _write(
         self, writer: Writer, request: _Request, written: list[int], clock: _Clock
-    ) -> Generator[str, None, bool]:
-        """Write freely, yielding text; before choices, stop at the answer's tag and return whether it came."""
+    ) -> Generator[str, None, list[int]]:
+        """Write freely, yielding text.
+
+        Before choices, stop where the answer's tag is complete, and return the ids that are missing to make it so: a
+        token that runs on beyond the tag is taken back.
+        """
         decoder = self.tokenizer.decoder()
         ids = writer.answer(
             max_tokens=request.max_tokens, min_tokens=request.min_tokens, eos=self.model.tokens.eos_token_ids
@@ -334,15 +338,18 @@ class Runtime:
             with clock("answer"):
                 token_id = next(ids, None)
                 piece = decoder.finish() if token_id is None else decoder.push(token_id)
+            before, text = text, text + piece
+            if request.choices and ANSWER_TAG in text and not text.endswith(ANSWER_TAG) and token_id is not None:
+                writer.take_back()
+                return self.tokenizer.encode(ANSWER_TAG[_overlap(before, ANSWER_TAG) :])
             if token_id is not None:
                 written.append(token_id)
             if piece:
-                text += piece
                 yield piece
             if request.choices and text.endswith(ANSWER_TAG):
-                return True
+                return []
             if token_id is None:
-                return False
+                return self.tokenizer.encode(ANSWER_TAG)
 
     def _finish(
         self,
@@ -420,6 +427,11 @@ class Runtime:
             return lambda own: given
         pad = np.asarray(backend.embed(np.array([plan.pad_token_id], np.int64)))
         return lambda own: ablate("dummy" if given == "dummy" else "noise", own, pad_embed=pad)
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Return how many characters of a tag the end of a text already has."""
+    return next(n for n in range(len(tag), -1, -1) if text.endswith(tag[:n]))
 
 
 def peak_host_memory_bytes() -> int:

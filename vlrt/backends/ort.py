@@ -157,8 +157,8 @@ class OrtBackend:
         """Verify the files of a graph, load it, and hold its inputs and outputs against the contract."""
         if bundle.manifest.graphs.get(graph.name) != graph:
             raise BundleError(
-                f"{bundle.path} lacks graph {graph.name!r}, or it has other inputs or outputs than this version of vlrt "
-                "knows; export it again"
+                f"{bundle.path} lacks graph {graph.name!r}, or it has other inputs or outputs than this version of "
+                "vlrt knows; export it again"
             )
         path = bundle.file(f"{graph.name}.onnx")
         for name in _weight_files(bundle, graph.name):
