@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import vlrt
 from vlrt import bundle, config, prompt
 from vlrt.backends import select
-from vlrt.backends.torch import TorchBackend, weights_of
+from vlrt.backends.torch import TorchBackend
 from vlrt.bundle import Bundle, Manifest, Precision, Table
 from vlrt.checkpoint import Checkpoint, expected_tensors
 from vlrt.errors import CheckpointError, ConfigError, ExportError
@@ -88,7 +88,7 @@ def export(
 def _write(checkpoint: Checkpoint, directory: Path, precision: Precision, tell: Progress) -> Manifest:
     """Write every file of a bundle except what the gate adds; return its manifest."""
     cfg = checkpoint.model
-    tensor = weights_of(checkpoint)
+    tensor = checkpoint.weight
     total, done = _weight_bytes(cfg, precision), 0
 
     def fetch(name: str) -> NDArray[np.float32]:

@@ -75,7 +75,8 @@ def check(
     rows.append(_error("hidden states", record.hidden, np.asarray(hidden[:num_prompt]), limit))
     logits = torch.logits(hidden[num_prompt - 1 :])
     rows.append(_error("logits", record.logits, logits[0][None], limit))
-    rows.append(_agreement("greedy answer", logits, record.answer, AGREEMENT_LIMITS[precision], limit))
+    eos = cfg.tokens.eos_token_ids
+    rows.append(_agreement("greedy answer", logits, record.answer, eos, AGREEMENT_LIMITS[precision], limit))
     progress(0.75)
     if record.latents is not None:
         rows += _check_latents(torch, tokenizer, media, video_tokens, record, precision)
@@ -107,7 +108,10 @@ def _check_latents(
         writer = Writer(torch, context, 1 + plan.num_latents)
         rows.append(_error("latents", record.latents, np.asarray(writer.reason(context)), limit))
     logits = torch.logits(hidden[start + len(latents) + 1 :])
-    rows.append(_agreement("answer after latents", logits, record.latent_answer, AGREEMENT_LIMITS[precision], limit))
+    eos = torch.model.tokens.eos_token_ids
+    rows.append(
+        _agreement("answer after latents", logits, record.latent_answer, eos, AGREEMENT_LIMITS[precision], limit)
+    )
     return rows
 
 
@@ -172,9 +176,15 @@ def _error(name: str, out: Floats, ref: Floats, limit: float) -> Check:
     return Check(f"{name}: relative error", value if np.isfinite(value) else 1e30, limit, value <= limit)
 
 
-def _agreement(name: str, logits: Floats, answer: Sequence[int], limit: float, error: float) -> Check:
-    """Share of tokens that are the reference's choice too, or tie with it within the error allowed to logits."""
-    rows = logits[: len(answer)]
+def _agreement(
+    name: str, logits: Floats, answer: Sequence[int], eos: Sequence[int], limit: float, error: float
+) -> Check:
+    """Share of tokens that are the reference's choice too, or tie with it within the error allowed to logits.
+
+    The answer was not allowed to end, so the reference may not choose an end either.
+    """
+    rows = logits[: len(answer)].copy()
+    rows[:, list(eos)] = rows.min()
     slack = 2 * error * rows.std(axis=-1) if error < 1e-2 else np.zeros(len(rows))  # a tie at fp32's precision
     chosen = rows[np.arange(len(answer)), list(answer)]
     masked = rows.max(axis=-1)

@@ -487,3 +487,13 @@ def test_exports_elsewhere_are_equal_and_hold_one_copy_of_the_weights(make_check
     assert weights > 240e6
     assert peaks["writing"] < 0.3 * weights
     assert 0.5 * weights < peaks["in all"] < 1.4 * weights
+
+
+def test_the_gate_lets_a_model_want_to_end_its_answer():
+    """Catches a trained model that is refused because it would have ended where the gate made it go on."""
+    logits = np.zeros((3, 8), np.float32)
+    logits[:, 5], logits[:, 2] = 9, 4  # the end, and what is written where it may not end
+    row = verify._agreement("answer", logits, (2, 2, 2), (5, 6), 1.0, 1e-4)
+    assert row.ok
+    assert row.value == 1
+    assert not verify._agreement("answer", logits, (2, 3, 2), (5, 6), 1.0, 1e-4).ok

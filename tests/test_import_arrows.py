@@ -13,7 +13,7 @@ ENGINES = {"torch", "triton", "transformers", "onnx", "onnxscript", "tensorrt", 
 
 # module or folder -> what of vlrt it may import, itself aside; the longest name that fits a file counts
 ARROWS = {
-    "__init__": ["errors", "runtime", "video"],
+    "__init__": ["answer", "errors", "runtime", "video"],
     "__main__": ["cli"],
     "errors": [],
     "names": [],
@@ -43,16 +43,29 @@ ARROWS = {
     "choices": BASE,
     "generate": [*BASE, "backends.base", "choices", "kv_cache", "latent", "positions", "prompt"],
     "session": [*CORE, "backends", "generate"],
-    "runtime": [*CORE, "backends", "generate", "session"],
+    "answer": BASE,
+    "runtime": [*CORE, "answer", "backends", "generate", "session"],
     "export": [*BASE, "bundle", "checkpoint", "kernels", "models", "names", "ops", "positions", "prompt"],
     "export.exporter": [*BASE, "bundle", "checkpoint", "models", "prompt", "backends"],
     "export.verify": [*CORE, "backends", "generate", "session", "runtime"],
-    "train": [*BASE, "checkpoint", "latent", "models", "ops", "positions", "preprocess", "prompt", "video"],
+    "train": [
+        *BASE,
+        "checkpoint",
+        "hf_config",
+        "latent",
+        "models",
+        "ops",
+        "positions",
+        "preprocess",
+        "prompt",
+        "video",
+    ],
     "train.scenes": [],
     "train.families": [],
     "train.synthetic": BASE,
     "doctor": ["errors", "backends"],
-    "cli": [*BASE, "bundle", "checkpoint", "runtime", "fresh", "doctor", "export", "train.synthetic"],
+    "cli": [*BASE, "bundle", "checkpoint", "runtime", "fresh", "doctor", "export", "train", "arguments"],
+    "arguments": [],
 }
 NEEDS_AN_ENGINE = {"kernels", "ops", "models", "train", "export", "export.exporter", "export.verify", "backends.torch"}
 LOADS_TORCH_WHEN_ASKED_FOR_A_TENSOR = {"checkpoint"}

@@ -10,7 +10,7 @@ from torch.nn import functional
 from tests.closeness import assert_close
 from tests.fakes import WIDTH, FakeBackend, fake_model
 from vlrt import generate, latent, positions
-from vlrt.backends.torch import TorchBackend, weights_of
+from vlrt.backends.torch import TorchBackend
 from vlrt.errors import ConfigError
 from vlrt.fresh import DEFAULT_LATENT
 from vlrt.generate import Writer
@@ -82,7 +82,7 @@ class TorchWithoutCache(FakeWithoutCache):
         self.backend, self.plan, self.dtype = backend, checkpoint.model.latent, dtype
         self.context = a_context(backend)
         self.module = registry.build(checkpoint.model)
-        registry.load(self.module, weights_of(checkpoint), dtype=dtype)
+        registry.load(self.module, checkpoint.weight, dtype=dtype)
         self.context = replace(self.context, embeds=self.context.embeds.to(dtype).numpy())
         self.pooled = self.context.pooled.to(dtype)
         self.end = backend.embed(np.array([self.plan.end_token_id])).to(dtype).numpy()

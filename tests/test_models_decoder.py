@@ -7,7 +7,7 @@ import torch
 from tests.closeness import assert_close
 from tests.oracle import oracles
 from vlrt import positions
-from vlrt.backends.torch import TorchBackend, weights_of
+from vlrt.backends.torch import TorchBackend
 from vlrt.errors import CheckpointError
 from vlrt.models import registry
 from vlrt.models.decoder import CachedAttention, FullAttention, empty_cache
@@ -62,7 +62,7 @@ def full(checkpoint, where, dtype=torch.float32, mask=None):
 
 def loaded(checkpoint, dtype=torch.float32):
     model = registry.build(checkpoint.model)
-    registry.load(model, weights_of(checkpoint), dtype=dtype)
+    registry.load(model, checkpoint.weight, dtype=dtype)
     return model
 
 
@@ -180,7 +180,7 @@ def test_streaming_holds_one_layer_at_a_time(make_checkpoint):
     """Catches weights of layers that pile up: a 3B model would not fit the machine that it is exported on."""
     checkpoint = make_checkpoint()
     model = registry.build(checkpoint.model)
-    registry.stream(model, weights_of(checkpoint))
+    registry.stream(model, checkpoint.weight)
     seen = []
 
     def look(*_):
@@ -216,7 +216,7 @@ def test_loading_fills_every_parameter(make_checkpoint, tie):
 def test_names_and_shapes_that_do_not_match_fail(make_checkpoint):
     """Catches a model that runs with weights it was not given: silent garbage."""
     checkpoint = make_checkpoint()
-    fetch = weights_of(checkpoint)
+    fetch = checkpoint.weight
     deeper = registry.build(make_checkpoint(overrides={"decoder.num_layers": 4}).model)
     with pytest.raises(CheckpointError, match=r"model\.layers\.3"):
         registry.load(deeper, fetch)

@@ -6,7 +6,7 @@ import torch
 
 from tests.closeness import assert_close
 from tests.oracle import oracles
-from vlrt.backends.torch import TorchBackend, weights_of
+from vlrt.backends.torch import TorchBackend
 from vlrt.models import registry
 
 # name -> family and what differs from the tiny shape; each row a layout that a tower could get wrong alone
@@ -74,7 +74,7 @@ def test_a_conv3d_kernel_is_read_as_a_matrix(make_checkpoint, family):
     vision, kernel = checkpoint.model.vision, checkpoint.tensor("visual.patch_embed.proj.weight")
     assert kernel.ndim == 5
     module = registry.build(checkpoint.model).visual.patch_embed
-    registry.load(module, weights_of(checkpoint), prefix="visual.patch_embed.")
+    registry.load(module, checkpoint.weight, prefix="visual.patch_embed.")
     patches = torch.from_numpy(some_pixels(vision, (1, 6, 2)))
     shape = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     plain, exact = (

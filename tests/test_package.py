@@ -20,7 +20,9 @@ def modules_loaded_by(code: str, cwd: Path) -> set[str]:
     return {name.split(".")[0] for name in loaded.split()}
 
 
-@pytest.mark.parametrize("code", ["import vlrt", "import vlrt.cli; vlrt.cli._parser()", "from vlrt import VideoError"])
+@pytest.mark.parametrize(
+    "code", ["import vlrt", "import vlrt.cli as c; c.arguments.parser(c.COMMANDS, '')", "from vlrt import VideoError"]
+)
 def test_importing_loads_no_engine(code: str, tmp_path: Path) -> None:
     assert modules_loaded_by(code, tmp_path).isdisjoint(HEAVY)
 

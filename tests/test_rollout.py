@@ -8,7 +8,7 @@ import torch
 
 from tests.closeness import assert_close
 from vlrt import generate, positions
-from vlrt.backends.torch import TorchBackend, weights_of
+from vlrt.backends.torch import TorchBackend
 from vlrt.generate import Writer
 from vlrt.models import registry
 from vlrt.prompt import Prompt, Span
@@ -55,7 +55,7 @@ def test_a_batch_rolls_out_what_inference_does(checkpoint):
     backend = TorchBackend(checkpoint)
     found = list(contexts(backend))
     model = registry.build(checkpoint.model)
-    registry.load(model, weights_of(checkpoint))
+    registry.load(model, checkpoint.weight)
     with torch.no_grad():
         out = rollout.roll_out(model, batch_steps(model, found), checkpoint.model.latent)
     for latents, context in zip(out, found, strict=True):
@@ -68,7 +68,7 @@ def test_a_batch_rolls_out_what_inference_does(checkpoint):
 def fp64_latents(checkpoint, context):
     """The same by the batch code in fp64, one prompt alone: what both are judged by."""
     model = registry.build(checkpoint.model)
-    registry.load(model, weights_of(checkpoint), dtype=torch.float64)
+    registry.load(model, checkpoint.weight, dtype=torch.float64)
     looks = model.latent_injection.looks_at_video
     steps = BatchSteps(
         model,
@@ -86,7 +86,7 @@ def test_the_rollout_is_differentiable_for_full_backpropagation(make_checkpoint)
     """Catches a detach on the way from the prompt through every latent to the last."""
     checkpoint = make_checkpoint(latent={"num_latents": 4, "num_heads": 4, "injection": "mlp_xattn"})
     model = registry.build(checkpoint.model)
-    registry.load(model, weights_of(checkpoint))
+    registry.load(model, checkpoint.weight)
     found = list(contexts(TorchBackend(checkpoint)))
     steps = batch_steps(model, found)
     leaf = torch.zeros(1, len(found), steps.start_hidden.shape[-1], requires_grad=True)
@@ -99,7 +99,7 @@ def test_fewer_latents_and_rounds_can_be_drawn(make_checkpoint):
     """Catches a rollout bound to the sizes of the config, from whose ranges training draws."""
     checkpoint = make_checkpoint(latent={"num_latents": 4, "rollout": "parallel", "rounds": 4, "injection": "mlp"})
     model = registry.build(checkpoint.model)
-    registry.load(model, weights_of(checkpoint))
+    registry.load(model, checkpoint.weight)
     found = list(contexts(TorchBackend(checkpoint)))
     plan = replace(checkpoint.model.latent, num_latents=2, rounds=1)
     with torch.no_grad():

@@ -22,10 +22,11 @@ import vlrt
 from tests.bundles import QUESTION, QUICK, square, torch_runtime
 from tests.videos import busy, make, picture
 from vlrt import runtime as runtime_module
+from vlrt.answer import Answer, Clock
 from vlrt.backends.ort import OrtBackend, num_usable_cores
 from vlrt.bundle import Bundle
 from vlrt.errors import BackendUnavailable, BundleError, ConfigError, VideoError
-from vlrt.runtime import ANSWER_TAG, Answer, Runtime
+from vlrt.runtime import ANSWER_TAG, Runtime
 
 MODEL = {"overrides": {**QUICK, "decoder.max_positions": 2048}}
 PLAIN = {**MODEL, "latent": None}
@@ -526,7 +527,7 @@ def test_choices_are_scored_right_behind_the_tag(opened, said, kept, lead):
     writer = SimpleNamespace(answer=lambda **_: iter(range(len(said))), take_back=lambda: taken_back.append(True))
     request = runtime_module._Request("?", "cot", ("A", "B"), (), 9, 0, None)
     written = []
-    pieces = runtime._write(writer, request, written, runtime_module._Clock())
+    pieces = runtime._write(writer, request, written, Clock())
     missing = []
 
     def drain():

@@ -20,7 +20,8 @@ from vlrt.errors import (
 )
 
 if TYPE_CHECKING:
-    from vlrt.runtime import Answer, Runtime
+    from vlrt.answer import Answer
+    from vlrt.runtime import Runtime
     from vlrt.video import Frames
 
 __version__ = "0.1.0"
@@ -39,7 +40,7 @@ __all__ = [
     "__version__",
 ]
 
-_HOMES = {"Answer": "vlrt.runtime", "Runtime": "vlrt.runtime", "Frames": "vlrt.video"}
+_HOMES = {"Answer": "vlrt.answer", "Runtime": "vlrt.runtime", "Frames": "vlrt.video"}
 
 
 def __getattr__(name: str) -> Any:

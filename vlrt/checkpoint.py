@@ -100,6 +100,22 @@ class Checkpoint:
         tensor: torch.Tensor = self._read(where, lambda handle: handle.get_tensor(where.name))
         return tensor
 
+    def weight(self, name: str) -> "torch.Tensor":
+        """Return the tensor of a model's parameter: as `tensor`, or what stands for one that is not stored.
+
+        A tied head is the embedding table; a missing rho is the RMS of that table.
+
+        Raises:
+            CheckpointError: as `tensor`.
+        """
+        if name == "lm_head.weight" and self.model.decoder.tie_word_embeddings:
+            return self.tensor(_EMBEDDING)
+        if name == _RHO and name not in self._stored:
+            import torch
+
+            return torch.tensor(self.embedding_rms())
+        return self.tensor(name)
+
     def embedding_rms(self, block_rows: int = 8192) -> float:
         """Return the RMS of the embedding table, read in blocks of rows: rho of a checkpoint that stores none."""
         where = self._find(_EMBEDDING)

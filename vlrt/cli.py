@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import vlrt
+from vlrt import arguments
 from vlrt.errors import BackendUnavailable, BundleError, VlrtError
 
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 130, 141
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding does not
     warnings.showwarning = lambda message, *_: _complain("warning", str(message))
     try:
-        args = _parser().parse_args(argv)
+        args = arguments.parser(COMMANDS, vlrt.__version__).parse_args(argv)
         command: Callable[[argparse.Namespace], None] = args.command
         command(args)
         sys.stdout.flush()
@@ -164,6 +165,35 @@ def synth(args: argparse.Namespace) -> None:
     _put(str(path))
 
 
+def train(args: argparse.Namespace) -> None:
+    """Train a checkpoint on triplets, with a progress bar; a run that was stopped goes on. Print where it went."""
+    import dataclasses
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vlrt.checkpoint import Checkpoint
+    from vlrt.train import loop, prepare, settings
+
+    chosen = settings.read(args.config, args.set)
+    if args.system is not None:
+        chosen = dataclasses.replace(chosen, system=args.system)
+    base = args.model
+    if chosen.system in ("latent", "pause") and Checkpoint.open(base).model.latent is None:
+        base = args.output.with_name(f"{args.output.name}.start")
+        if not base.exists():
+            prepare.add_latents(Checkpoint.open(args.model), base, {"num_latents": args.latents}, seed=chosen.seed)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(chosen.system, total=chosen.steps)
+
+        def report(step: int, measured: dict[str, float]) -> None:
+            shown = f"{chosen.system}: loss {measured['total']:.3f}, right {measured['exact']:.0%}"
+            progress.update(task, completed=step, description=shown)
+
+        out = loop.train(base, args.data, args.output, chosen, validation=args.validation, report=report)
+    _put(str(out))
+
+
 def _bundle_facts(path: Path) -> dict[str, Any]:
     from vlrt import config
     from vlrt.bundle import Bundle
@@ -247,97 +277,4 @@ def _complain(kind: str, message: str) -> None:
     sys.stderr.write(f"vlrt: {kind}: {line}\n")
 
 
-def _number(kind: type[int] | type[float], low: float, accepted: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text!r}; accepted: {accepted}")
-        return value
-
-    return parse
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vlrt",
-        description="Answers questions about videos with models that reason in latents.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"vlrt {vlrt.__version__}")
-    count = _number(int, 1, "a whole number, 1 or more")
-    count_or_zero = _number(int, 0, "a whole number, 0 or more")
-    rate = _number(float, 1e-9, "a number above 0")
-    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    def verb(
-        function: Callable[[argparse.Namespace], None], *, under: Any = verbs, **arguments: dict[str, Any]
-    ) -> argparse.ArgumentParser:
-        summary = (function.__doc__ or "").strip()
-        sub: argparse.ArgumentParser = under.add_parser(
-            function.__name__, help=summary, description=summary, allow_abbrev=False
-        )
-        sub.set_defaults(command=function, parser=sub)
-        for name, options in arguments.items():
-            sub.add_argument(name, **options)
-        return sub
-
-    sub = verb(export, checkpoint={"metavar": "CHECKPOINT", "help": "a Hugging Face checkpoint directory"})
-    sub.add_argument("-o", "--output", help="the bundle to write or replace (default: <checkpoint name>.vlrt)")
-    sub.add_argument("--backend", choices=["ort"], default="ort", help="the engine to write for (default: ort)")
-    sub.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="of the weights (default: fp32)")
-
-    sub = verb(
-        ask,
-        bundle={"metavar": "BUNDLE", "help": "a directory that `vlrt export` wrote"},
-        video={"metavar": "VIDEO", "help": "a video or image file"},
-        question={"metavar": "QUESTION", "help": "the question, in one argument"},
-    )
-    sub.add_argument("--choices", nargs="+", metavar="CHOICE", help="answer with the likeliest of these")
-    sub.add_argument(
-        "--reasoning", choices=["latent", "direct", "cot"], help="default: latent where the model has latents"
-    )
-    sub.add_argument("--max-tokens", type=count, metavar="N", help="end the answer after so many tokens")
-    sub.add_argument(
-        "--min-tokens", type=count_or_zero, default=0, metavar="N", help="do not end it before (default: 0)"
-    )
-    frames = sub.add_mutually_exclusive_group()
-    frames.add_argument("--num-frames", type=count, metavar="N", help="sample so many frames, evenly")
-    frames.add_argument("--fps", type=rate, metavar="F", help="sample so many frames per second of video")
-    sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: the engine's choice)")
-    sub.add_argument("--backend", default="auto", choices=["auto", "ort"], help="the engine to run in (default: auto)")
-    sub.add_argument("--json", action="store_true", help="print the Answer as one JSON object")
-    sub.add_argument("--stream", action="store_true", help="print the answer as it comes")
-
-    sub = verb(info, path={"metavar": "BUNDLE_OR_CHECKPOINT", "help": "a directory"})
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-    sub = verb(doctor)
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
-
-    sub = verb(init, output={"metavar": "OUT", "help": "the directory to make"})
-    sub.add_argument("--shape", choices=["tiny", "small", "3b", "7b"], default="tiny", help="its size (default: tiny)")
-    sub.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-
-    summary = "Make data to train and to evaluate with."
-    data = verbs.add_parser("data", help=summary, description=summary, allow_abbrev=False)
-    sub = verb(
-        synth,
-        under=data.add_subparsers(title="commands", required=True, metavar="COMMAND"),
-        output={"metavar": "OUT", "help": "the directory to write, or to go on with"},
-    )
-    sub.add_argument("--n", type=count, required=True, metavar="N", help="so many clips, one question each")
-    sub.add_argument("--seed", type=count_or_zero, default=0, help="of everything (default: 0)")
-    sub.add_argument(
-        "--split", choices=["train", "validation", "test"], default="train", help="they share nothing (default: train)"
-    )
-    sub.add_argument("--families", nargs="+", metavar="FAMILY", help="of questions (default: all)")
-    sub.add_argument("--forms", nargs="+", metavar="FORM", help="choice, free (default: both)")
-    sub.add_argument("--size", type=count, default=56, metavar="PIXELS", help="of both sides (default: 56)")
-    sub.add_argument("--fps", type=rate, default=4.0, metavar="F", help="frames per second (default: 4)")
-    span: dict[str, Any] = {"nargs": 2, "type": count}
-    sub.add_argument("--num-frames", metavar=("LOW", "HIGH"), help="of a clip (default: 16 24)", **span)
-    sub.add_argument("--num-swaps", metavar=("LOW", "HIGH"), help="of cups (default: 3 8)", **span)
-    sub.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core)")
-    return parser
+COMMANDS = {command.__name__: command for command in (export, ask, info, doctor, init, synth, train)}

@@ -3,12 +3,9 @@
 The one place where all stages meet. Knows no engine from within: `backends` run the stages.
 """
 
-import contextlib
 import os
-import sys
-import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlrt import preprocess, prompt
+from vlrt.answer import Answer, Clock, Stream, Usage, peak_host_memory_bytes
 from vlrt.backends import select
 from vlrt.backends.base import Array, Backend
 from vlrt.bundle import Bundle
@@ -30,104 +28,6 @@ Source = str | os.PathLike[str] | bytes | Sequence[str | os.PathLike[str]] | Fra
 VISION_CHUNK = 4096  # patches per pass of the vision tower, rounded up to whole temporal patches
 ANSWER_TAG = "<answer>"  # where a chain of thought turns into the answer
 DEFAULT_MAX_TOKENS: Mapping[str, int] = {"latent": 128, "direct": 128, "cot": 1024}
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What an answer took."""
-
-    num_frames: int  # of the video, after sampling; the repeats that fill the last temporal patch are not counted
-    video_tokens: int
-    prompt_tokens: int  # video tokens included
-    latents: int
-    answer_tokens: int  # a written chain of thought included
-    peak_host_memory_bytes: int  # of the process so far; 0 where the platform does not tell
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer to a question about a video.
-
-    Attributes:
-        text: the answer; the choice, where choices were given.
-        token_ids: what the model wrote, without the token that ended it; of a choice, its ids.
-        choice: the likeliest choice, or None without choices.
-        scores: probability of each choice, given that it is one of them; they add up to 1.
-        reasoning: "latent", "direct" or "cot".
-        thought: the chain of thought, or None.
-        latents: [L, C] float32, or None.
-        usage: counts.
-        timings: seconds per stage, in order: decode, preprocess, vision, prefill, latents, answer, total.
-        warnings: what was odd about the input, one sentence each.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    choice: str | None
-    scores: dict[str, float] | None
-    reasoning: str
-    thought: str | None
-    latents: NDArray[np.float32] | None
-    usage: Usage
-    timings: dict[str, float]
-    warnings: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values; of the latents only their shape, as `latents_shape`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "latents"}
-        values["usage"] = dict(vars(self.usage))
-        values["latents_shape"] = None if self.latents is None else list(self.latents.shape)
-        return values
-
-
-class Stream:
-    """The text of an answer as it is written. Iterate it to its end, then read `answer`."""
-
-    def __init__(self, pieces: Generator[str, None, Answer]) -> None:
-        """Wrap a generator of text pieces that returns the Answer."""
-        self._pieces = pieces
-        self._answer: Answer | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield text pieces."""
-        answer = yield from self._pieces
-        self._answer = answer or self._answer  # a second look finds nothing left
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer.
-
-        Raises:
-            ConfigError: the stream was not read to its end.
-        """
-        if self._answer is None:
-            raise ConfigError("the stream has no answer yet; iterate it to its end first")
-        return self._answer
-
-    def close(self) -> None:
-        """Stop the answer where it is."""
-        self._pieces.close()
-
-
-@dataclass
-class _Clock:
-    """Seconds per stage."""
-
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("decode", "preprocess", "vision", "prefill", "latents", "answer"), 0.0)
-    )
-    started: float = field(default_factory=time.perf_counter)
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - start
-
-    def timings(self) -> dict[str, float]:
-        return {**self.seconds, "total": time.perf_counter() - self.started}
 
 
 @dataclass(frozen=True)
@@ -298,7 +198,7 @@ class Runtime:
         backend = self._backend
         if backend is None:
             raise ConfigError("this Runtime is closed; open the bundle again")
-        clock = _Clock()
+        clock = Clock()
         with clock("decode"):
             frames = load(video, self.model.video, self.model.vision, num_frames=num_frames, fps=fps)
         tokens, media = self._encode(backend, frames, clock)
@@ -322,7 +222,7 @@ class Runtime:
         return self._finish(request, frames, built, latents, written, log_scores, clock)
 
     def _write(
-        self, writer: Writer, request: _Request, written: list[int], clock: _Clock
+        self, writer: Writer, request: _Request, written: list[int], clock: Clock
     ) -> Generator[str, None, list[int]]:
         """Write freely, yielding text.
 
@@ -359,7 +259,7 @@ class Runtime:
         latents: NDArray[np.float32] | None,
         written: list[int],
         log_scores: list[float] | None,
-        clock: _Clock,
+        clock: Clock,
     ) -> Answer:
         """Put the answer together."""
         text, thought, choice, scores = self.tokenizer.decode(written), None, None, None
@@ -391,7 +291,7 @@ class Runtime:
             warnings=frames.warnings,
         )
 
-    def _encode(self, backend: Backend, frames: Frames, clock: _Clock) -> tuple[Array, prompt.Media]:
+    def _encode(self, backend: Backend, frames: Frames, clock: Clock) -> tuple[Array, prompt.Media]:
         """Run the vision tower over chunks of whole temporal patches; return video tokens [N_v, C]."""
         cfg = self.model
         with clock("preprocess"):
@@ -432,20 +332,3 @@ class Runtime:
 def _overlap(text: str, tag: str) -> int:
     """Return how many characters of a tag the end of a text already has."""
     return next(n for n in range(len(tag), -1, -1) if text.endswith(tag[:n]))
-
-
-def peak_host_memory_bytes() -> int:
-    """Return the most memory that this process has held so far, mapped files included; 0 where nothing tells.
-
-    Linux tells in VmHWM; its ru_maxrss also counts what the parent held before it started this process.
-    """
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -27,7 +27,7 @@ class TorchBackend:
 
     def __init__(self, checkpoint: Checkpoint, *, streamed: bool = False) -> None:
         self.model = checkpoint.model
-        self._fetch = weights_of(checkpoint)
+        self._fetch = checkpoint.weight
         self._module = registry.build(self.model)
         if streamed:
             registry.stream(self._module, self._fetch)
@@ -110,19 +110,3 @@ class TorchBackend:
     def close(self) -> None:
         """See `base.Backend`."""
         del self._module, self._table
-
-
-def weights_of(checkpoint: Checkpoint) -> registry.Fetch:
-    """Return a function that hands out a checkpoint's tensors by their canonical names.
-
-    Tied heads are the embedding table, and a missing rho is the RMS of that table.
-    """
-
-    def fetch(name: str) -> Tensor:
-        if name == "lm_head.weight" and checkpoint.model.decoder.tie_word_embeddings:
-            name = "model.embed_tokens.weight"
-        if name == "latent_injection.rho" and name not in checkpoint.names():
-            return torch.tensor(checkpoint.embedding_rms())
-        return checkpoint.tensor(name)
-
-    return fetch

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlrt import config, ops
 from vlrt.models.layers import RMSNorm, SwiGLU
@@ -112,12 +113,16 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(cfg, layer) for layer in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.checkpointing = False  # recompute each layer in the backward pass; `attend` must keep no state
 
     def forward(self, inputs_embeds: Tensor, attend: Attend) -> Tensor:
         """Map inputs_embeds [B,S,C] to post-final-norm hidden states [B,S,C]."""
         x = inputs_embeds
         for layer in self.layers:
-            x = layer(x, attend)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, attend, use_reentrant=False)
+            else:
+                x = layer(x, attend)
         out: Tensor = self.norm(x)
         return out
 

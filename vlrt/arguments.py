@@ -1,0 +1,117 @@
+"""The command line's grammar: verbs, arguments, what they accept. Knows no command's work."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def _number(kind: type[int] | type[float], low: float, accepted: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r}; accepted: {accepted}")
+        return value
+
+    return parse
+
+
+def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentParser:
+    """Return the parser of a command line whose verbs are `commands`, by name; a verb's help is its docstring."""
+    parser = argparse.ArgumentParser(
+        prog="vlrt",
+        description="Answers questions about videos with models that reason in latents.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"vlrt {version}")
+    count = _number(int, 1, "a whole number, 1 or more")
+    count_or_zero = _number(int, 0, "a whole number, 0 or more")
+    rate = _number(float, 1e-9, "a number above 0")
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def verb(name: str, *, under: Any = verbs, **arguments: dict[str, Any]) -> argparse.ArgumentParser:
+        summary = (commands[name].__doc__ or "").strip()
+        sub: argparse.ArgumentParser = under.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(command=commands[name], parser=sub)
+        for argument, options in arguments.items():
+            sub.add_argument(argument, **options)
+        return sub
+
+    sub = verb("export", checkpoint={"metavar": "CHECKPOINT", "help": "a Hugging Face checkpoint directory"})
+    sub.add_argument("-o", "--output", help="the bundle to write or replace (default: <checkpoint name>.vlrt)")
+    sub.add_argument("--backend", choices=["ort"], default="ort", help="the engine to write for (default: ort)")
+    sub.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="of the weights (default: fp32)")
+
+    sub = verb(
+        "ask",
+        bundle={"metavar": "BUNDLE", "help": "a directory that `vlrt export` wrote"},
+        video={"metavar": "VIDEO", "help": "a video or image file"},
+        question={"metavar": "QUESTION", "help": "the question, in one argument"},
+    )
+    sub.add_argument("--choices", nargs="+", metavar="CHOICE", help="answer with the likeliest of these")
+    sub.add_argument(
+        "--reasoning", choices=["latent", "direct", "cot"], help="default: latent where the model has latents"
+    )
+    sub.add_argument("--max-tokens", type=count, metavar="N", help="end the answer after so many tokens")
+    sub.add_argument(
+        "--min-tokens", type=count_or_zero, default=0, metavar="N", help="do not end it before (default: 0)"
+    )
+    frames = sub.add_mutually_exclusive_group()
+    frames.add_argument("--num-frames", type=count, metavar="N", help="sample so many frames, evenly")
+    frames.add_argument("--fps", type=rate, metavar="F", help="sample so many frames per second of video")
+    sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: the engine's choice)")
+    sub.add_argument("--backend", default="auto", choices=["auto", "ort"], help="the engine to run in (default: auto)")
+    sub.add_argument("--json", action="store_true", help="print the Answer as one JSON object")
+    sub.add_argument("--stream", action="store_true", help="print the answer as it comes")
+
+    sub = verb("info", path={"metavar": "BUNDLE_OR_CHECKPOINT", "help": "a directory"})
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub = verb("doctor")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = verb("init", output={"metavar": "OUT", "help": "the directory to make"})
+    sub.add_argument("--shape", choices=["tiny", "small", "3b", "7b"], default="tiny", help="its size (default: tiny)")
+    sub.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
+
+    summary = "Make data to train and to evaluate with."
+    data = verbs.add_parser("data", help=summary, description=summary, allow_abbrev=False)
+    sub = verb(
+        "synth",
+        under=data.add_subparsers(title="commands", required=True, metavar="COMMAND"),
+        output={"metavar": "OUT", "help": "the directory to write, or to go on with"},
+    )
+    sub.add_argument("--n", type=count, required=True, metavar="N", help="so many clips, one question each")
+    sub.add_argument("--seed", type=count_or_zero, default=0, help="of everything (default: 0)")
+    sub.add_argument(
+        "--split", choices=["train", "validation", "test"], default="train", help="they share nothing (default: train)"
+    )
+    sub.add_argument("--families", nargs="+", metavar="FAMILY", help="of questions (default: all)")
+    sub.add_argument("--forms", nargs="+", metavar="FORM", help="choice, free (default: both)")
+    sub.add_argument("--size", type=count, default=56, metavar="PIXELS", help="of both sides (default: 56)")
+    sub.add_argument("--fps", type=rate, default=4.0, metavar="F", help="frames per second (default: 4)")
+    span: dict[str, Any] = {"nargs": 2, "type": count}
+    sub.add_argument("--num-frames", metavar=("LOW", "HIGH"), help="of a clip (default: 16 24)", **span)
+    sub.add_argument("--num-swaps", metavar=("LOW", "HIGH"), help="of cups (default: 3 8)", **span)
+    sub.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core)")
+
+    sub = verb("train")
+    sub.add_argument("--model", type=Path, required=True, metavar="CHECKPOINT", help="what to train")
+    sub.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="triplets: JSON lines, or Video-R1's json"
+    )
+    sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the directory of the run")
+    sub.add_argument("--validation", type=Path, metavar="FILE", help="triplets to measure by")
+    sub.add_argument("--system", choices=["latent", "direct", "cot", "pause"], help="what to train (default: latent)")
+    sub.add_argument("--config", type=Path, metavar="FILE", help="settings as YAML")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting, such as steps=500 or lora.rank=8"
+    )
+    sub.add_argument(
+        "--latents", type=count, default=8, metavar="L", help="given to a checkpoint that has none (default: 8)"
+    )
+    return parser
