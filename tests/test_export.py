@@ -31,7 +31,7 @@ from vlrt.backends.torch import TorchBackend
 from vlrt.bundle import MANIFEST, Bundle
 from vlrt.checkpoint import WEIGHTS, Checkpoint
 from vlrt.errors import CheckpointError, ConfigError, ExportError
-from vlrt.export import quantize
+from vlrt.export import quantize, verify
 from vlrt.export.exporter import export
 from vlrt.export.onnx import write_graph
 from vlrt.fresh import write_checkpoint
