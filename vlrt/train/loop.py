@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Sampler
 
 from vlrt.checkpoint import Checkpoint, expected_tensors
 from vlrt.errors import ConfigError
 from vlrt.hf_config import DType
 from vlrt.models import registry
 from vlrt.train import save, triplets
-from vlrt.train.data import Batch, Sample, VideoQuestions, collate
+from vlrt.train.data import Batch, VideoQuestions, loader
 from vlrt.train.settings import Lora, Settings
 from vlrt.train.system import Draw, Trainee, draw
 
@@ -105,14 +105,14 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(trainee: nn.Module, questions: Dataset[Sample], settings: Settings) -> Evaluation:
+def evaluate(trainee: nn.Module, questions: VideoQuestions, settings: Settings) -> Evaluation:
     """Return how a model does on questions, with its own latents, the right answer so far being given."""
     module: Any = trainee
     trainee.eval()
     total = right = count = 0.0
     latent = module.cfg.latent
     plain = Draw(latent.rounds if latent else 1, False)
-    for batch in DataLoader(questions, settings.batch_size, collate_fn=collate):
+    for batch in loader(questions, settings.batch_size):
         step = trainee(batch, plain)
         total += float(step.loss.cross_entropy) * len(step.right)
         right += float(step.right.sum())
@@ -216,29 +216,21 @@ def _batches(questions: VideoQuestions, settings: Settings, step: int, accelerat
         accelerator.process_index,
         accelerator.num_processes,
     )
-    workers = settings.workers
-    yield from DataLoader(
-        questions,
-        batch_sampler=order,
-        collate_fn=collate,
-        num_workers=workers,
-        multiprocessing_context="spawn" if workers else None,
-        persistent_workers=workers > 0,
-    )
+    yield from loader(questions, settings.batch_size, sampler=order, num_workers=settings.workers)
 
 
-class _Order:
-    """Indices of batch after batch: each epoch a permutation of its own, split over processes."""
+class _Order(Sampler[int]):
+    """Indices without end: each epoch a permutation of its own, batches in turn over processes."""
 
     def __init__(self, size: int, batch_size: int, seed: int, first: int, process: int, num_processes: int) -> None:
         self._size, self._batch, self._seed, self._first = size, batch_size, seed, first
         self._process, self._processes = process, num_processes
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[int]:
         number = self._first
         while True:
             start = (number * self._processes + self._process) * self._batch
-            yield [self._at(start + i) for i in range(self._batch)]
+            yield from (self._at(start + i) for i in range(self._batch))
             number += 1
 
     def _at(self, place: int) -> int:
