@@ -64,8 +64,10 @@ ARROWS = {
     "train.families": [],
     "train.synthetic": BASE,
     "doctor": ["errors", "backends"],
-    "cli": [*BASE, "bundle", "checkpoint", "runtime", "fresh", "doctor", "export", "train", "arguments"],
+    "cli": [*BASE, "bundle", "checkpoint", "runtime", "fresh", "doctor", "export", "train", "arguments", "evaluate"],
     "arguments": [],
+    "scoring": [],
+    "evaluate": [*BASE, "answer", "scoring", "train.triplets"],
 }
 NEEDS_AN_ENGINE = {"kernels", "ops", "models", "train", "export", "export.exporter", "export.verify", "backends.torch"}
 LOADS_TORCH_WHEN_ASKED_FOR_A_TENSOR = {"checkpoint"}

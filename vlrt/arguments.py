@@ -99,6 +99,19 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
     sub.add_argument("--num-swaps", metavar=("LOW", "HIGH"), help="of cups (default: 3 8)", **span)
     sub.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core)")
 
+    sub = verb(
+        "eval",
+        bundle={"metavar": "BUNDLE", "help": "a directory that `vlrt export` wrote"},
+        data={"type": Path, "metavar": "FILE", "help": "triplets: JSON lines, or Video-R1's json"},
+    )
+    sub.add_argument("-o", "--output", type=Path, metavar="FILE", help="results, a line each (default: by both names)")
+    sub.add_argument("--reasoning", choices=["latent", "direct", "cot"], help="default: as `vlrt ask`")
+    frames = sub.add_mutually_exclusive_group()
+    frames.add_argument("--num-frames", type=count, metavar="N", help="sample so many frames, evenly")
+    frames.add_argument("--fps", type=rate, metavar="F", help="sample so many frames per second of video")
+    sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: the engine's choice)")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
     sub = verb("train")
     sub.add_argument("--model", type=Path, required=True, metavar="CHECKPOINT", help="what to train")
     sub.add_argument(

@@ -277,4 +277,44 @@ def _complain(kind: str, message: str) -> None:
     sys.stderr.write(f"vlrt: {kind}: {line}\n")
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Ask a bundle the questions of a data set and print the mean scores; a run that was stopped goes on."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vlrt import evaluate as evaluation
+    from vlrt.bundle import Bundle
+    from vlrt.train import triplets
+
+    rows = triplets.read(args.data).rows
+    options = {"reasoning": args.reasoning, "num_frames": args.num_frames, "fps": args.fps}
+    bundle = Bundle.open(args.bundle)
+    settings = {
+        "checkpoint": bundle.manifest.checkpoint,
+        "precision": bundle.precision,
+        "decoder_sha256": bundle.manifest.files["decoder.bin"].sha256,
+        "data": str(args.data),
+        "ask": {name: value for name, value in options.items() if value is not None},
+    }
+    results = args.output or Path(f"{Path(args.bundle).name}.{args.data.stem}.results.jsonl")
+    console = Console(stderr=True)
+    with (
+        vlrt.Runtime.open(args.bundle, threads=args.threads) as runtime,
+        Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress,
+    ):
+        task = progress.add_task("questions", total=len(rows))
+
+        def report(done: int, total: int, mean: float) -> None:
+            progress.update(task, completed=done, total=total, description=f"score {mean:.3f}")
+
+        found = evaluation.run(runtime, rows, results, settings, progress=report)
+    groups = evaluation.summarise(found)
+    if args.json:
+        _put({"results": str(results), "settings": settings, "groups": [vars(group) for group in groups]})
+        return
+    table = [(g.name, str(g.num_rows), f"{g.score:.3f}", f"{g.answer_tokens:.1f}", f"{g.seconds:.3f}") for g in groups]
+    _print_table(str(results), ("rows", "number", "score", "tokens written", "seconds"), table)
+
+
 COMMANDS = {command.__name__: command for command in (export, ask, info, doctor, init, synth, train)}
+COMMANDS["eval"] = evaluate
