@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "bench": "export",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benches.bench_export " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "command": machine.command("benches.bench_export", argv if argv is not None else sys.argv[1:]),
         "machine": described,
         "rows": rows,
     }

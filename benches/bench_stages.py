@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "bench": "stages",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benches.bench_stages " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "command": machine.command("benches.bench_stages", argv if argv is not None else sys.argv[1:]),
         "machine": described,
         "answer_tokens": ANSWER_TOKENS,
         "cot_tokens": args.cot_tokens,

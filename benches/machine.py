@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ def describe() -> dict[str, Any]:
         "commit": _commit(),
         "load_average": list(os.getloadavg()),
     }
+
+
+def command(module: str, arguments: Sequence[str]) -> str:
+    """Return the command that repeats a bench, without where its result went."""
+    words = list(arguments)
+    if "--out" in words:
+        del words[words.index("--out") : words.index("--out") + 2]
+    return " ".join(["python -m", module, *words])
 
 
 def _version(package: str) -> str | None:
