@@ -71,7 +71,7 @@ def test_scores_equal_brute_force(answers, length):
     assert_close(np.exp(found).sum(), 1.0)
     # and the sequence is as it was
     assert writer._cache.length == length
-    np.testing.assert_array_equal(writer.feed_token(5), states_of(context, [5])[-1:])
+    np.testing.assert_array_equal(writer.feed_tokens([5]), states_of(context, [5])[-1:])
 
 
 def test_only_rows_at_forks_are_read():
@@ -80,7 +80,16 @@ def test_only_rows_at_forks_are_read():
     _, backend, _, _ = score(answers)
     assert backend.full_reads == []
     assert backend.row_reads == [(10, 20), (12, 13)]
-    assert backend.decoded[1:] == [1, 1]  # 10 and 11; nothing after the last fork is fed
+    assert backend.decoded[1:] == [2]  # 10 and 11 in one pass; nothing after the last fork is fed
+
+
+def test_long_choices_that_begin_alike_are_scored():
+    """Catches a call per shared token: a RecursionError beyond a thousand of them, and a decoder pass for each."""
+    stem = [10 + i % 90 for i in range(1500)]
+    backend = FakeBackend()
+    found = Writer(backend, a_context(backend), len(stem) + 2).score([(*stem, 11, END), (*stem, 12, END)])
+    assert_close(np.exp(found).sum(), 1.0)
+    assert backend.decoded[1:] == [1500]
 
 
 def test_single_tokens_cost_no_step():

@@ -204,7 +204,7 @@ def test_steps_and_rewinds_leave_the_sequence_they_spell(moves):
             count = min(-move, len(ids))
             writer.rewind(count)
             del ids[-count:]
-    np.testing.assert_array_equal(writer.feed_token(5), ByHand.of(context).feed(*ids, 5).hidden())
+    np.testing.assert_array_equal(writer.feed_tokens([5]), ByHand.of(context).feed(*ids, 5).hidden())
 
 
 def test_sequences_beyond_the_models_positions_are_refused():

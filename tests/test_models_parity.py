@@ -121,7 +121,7 @@ def test_logits_of_given_tokens_equal_transformers(make_checkpoint, family, medi
     backend, asked = TorchBackend(checkpoint), ask(checkpoint.model, PROMPTS[media])
     given = np.random.default_rng(3).integers(0, 250, 16).tolist()
     writer = Writer(backend, read(backend, asked), 16)
-    out = np.concatenate([backend.logits(writer.feed_token(token_id)) for token_id in given])
+    out = np.concatenate([backend.logits(writer.feed_tokens([token_id])) for token_id in given])
     steps = []
     for oracle in oracles(checkpoint):
         read_by(oracle, asked)

@@ -4,6 +4,7 @@ Knows token ids, logits of single rows, and how to step forward and back; no tex
 """
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,8 +16,8 @@ Array = Any
 class Stepper(Protocol):
     """What scoring needs of a sequence."""
 
-    def feed_token(self, token_id: int) -> Array:
-        """Append a token; return its hidden state [1, C]."""
+    def feed_tokens(self, token_ids: Sequence[int]) -> Array:
+        """Append tokens; return their hidden states [S, C]."""
 
     def rewind(self, count: int) -> None:
         """Take the last `count` positions back."""
@@ -31,7 +32,8 @@ def log_probabilities(
     """Return the log probability of each choice, the model being allowed to say nothing but one of them.
 
     Choices form a tree of tokens. Where it forks, the softmax runs over the tokens at the fork alone, so that only
-    their rows of the output head are read; where it does not, nothing is computed. The results add up to one.
+    their rows of the output head are read; what choices share between forks is fed at once. The results add up to one.
+    They are not the model's free odds of whole choices: a word that no other choice could have there costs nothing.
 
     Args:
         choices: token ids of each, ending in a token that ends the answer, so that none begins another.
@@ -42,20 +44,29 @@ def log_probabilities(
     scores = [0.0] * len(choices)
 
     def descend(hidden: Array, members: list[int], depth: int) -> None:
+        if len(members) == 1:
+            return
+        stem = _shared([choices[member][depth:] for member in members])
+        hidden = stepper.feed_tokens(stem)[-1:] if stem else hidden
+        depth += len(stem)
         forks: dict[int, list[int]] = {}
         for member in members:
             forks.setdefault(choices[member][depth], []).append(member)
-        ids = np.array(list(forks), np.int64)
-        gains = _log_softmax(row_logits(hidden, ids)) if len(ids) > 1 else np.zeros(1)
-        for (token_id, group), gain in zip(forks.items(), gains, strict=True):
+        gains = _log_softmax(row_logits(hidden, np.array(list(forks), np.int64)))
+        for group, gain in zip(forks.values(), gains, strict=True):
             for member in group:
                 scores[member] += float(gain)
-            if len(group) > 1:
-                descend(stepper.feed_token(token_id), group, depth + 1)
-                stepper.rewind(1)
+            descend(hidden, group, depth)
+        if stem:
+            stepper.rewind(len(stem))
 
     descend(hidden, list(range(len(choices))), 0)
     return scores
+
+
+def _shared(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Return what sequences begin with in common."""
+    return [ids[0] for ids in takewhile(lambda ids: len(set(ids)) == 1, zip(*sequences, strict=False))]
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

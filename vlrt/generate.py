@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt import choices, latent, positions, prompt
+from vlrt import choices, config, latent, positions, prompt
 from vlrt.backends.base import Array, Backend
 from vlrt.errors import ConfigError
 
@@ -62,6 +62,20 @@ def read(backend: Backend, built: prompt.Prompt, video_tokens: Array) -> Context
     return Context(embeds, at, after, backend.join(pooled) if pooled else 0 * embeds[:1])
 
 
+def check_length(model: config.Model, length: int, room: int) -> None:
+    """Refuse a prompt of `length` tokens that, with `room` more, exceeds the positions that the model was made for.
+
+    Raises:
+        ConfigError: it does.
+    """
+    limit = model.decoder.max_positions
+    if length + room > limit:
+        raise ConfigError(
+            f"prompt and answer take up to {length} + {room} positions; this model has {limit}: ask with fewer or "
+            "smaller frames, or with a lower max_tokens"
+        )
+
+
 class Writer:
     """A sequence under way: its cache, and where the next text token stands. Steps of rollouts, choices and answers."""
 
@@ -71,15 +85,10 @@ class Writer:
         Raises:
             ConfigError: context and room exceed the positions that the model was made for.
         """
-        length, limit = len(context.embeds), backend.model.decoder.max_positions
-        if length + room > limit:
-            raise ConfigError(
-                f"prompt and answer take up to {length} + {room} positions; this model has {limit}: ask with fewer or "
-                "smaller frames, or with a lower max_tokens"
-            )
+        check_length(backend.model, len(context.embeds), room)
         self._backend = backend
         self._memory: Any = None
-        self._cache = backend.prepare(length + room)
+        self._cache = backend.prepare(len(context.embeds) + room)
         self._position = context.next_position
         self._pending: list[int] = []
         self.last_hidden = self._read(context)
@@ -92,9 +101,9 @@ class Writer:
         self._position += len(embeds)
         return hidden
 
-    def feed_token(self, token_id: int) -> Array:
-        """Append a token; return its hidden state [1, C]."""
-        return self.feed(self._backend.embed(np.array([token_id], np.int64)))
+    def feed_tokens(self, token_ids: Sequence[int]) -> Array:
+        """Append tokens; return their hidden states [S, C]."""
+        return self.feed(self._backend.embed(np.array(token_ids, np.int64)))
 
     def rewind(self, count: int) -> None:
         """Take the last `count` text positions back."""
@@ -166,7 +175,7 @@ class Writer:
         """Feed what was answered but not fed yet, and `more`; return the last hidden state [1, C]."""
         ids, self._pending = [*self._pending, *more], []
         if ids:
-            self.last_hidden = self.feed(self._backend.embed(np.array(ids, np.int64)))[-1:]
+            self.last_hidden = self.feed_tokens(ids)[-1:]
         return self.last_hidden
 
     def _read(self, context: Context) -> Array:
