@@ -186,6 +186,23 @@ def test_choices_after_a_chain_follow_the_answer_s_tag(opened, monkeypatch):
     assert (out.thought, out.usage.answer_tokens) == ("so", len(tag) + 2)
 
 
+def test_a_choice_after_a_chain_ends_in_the_closing_tag(opened, monkeypatch):
+    """Catches "1" held against "10" by the token that ends a turn, which never stands inside the answer's tags."""
+    read = []
+    row_logits = OrtBackend.row_logits
+    monkeypatch.setattr(
+        OrtBackend, "row_logits", lambda self, hidden, ids: read.append(ids.tolist()) or row_logits(self, hidden, ids)
+    )
+    ends = {"cot": opened.tokenizer.encode("</answer>")[0], "direct": opened.model.tokens.eos_token_ids[0]}
+    for reasoning, end in ends.items():
+        read.clear()
+        out = opened.ask(square(), QUESTION, choices=["1", "10"], reasoning=reasoning, max_tokens=2)
+        assert read == [[end, opened.tokenizer.encode("0")[0]]]
+        assert list(out.token_ids) == opened.tokenizer.encode(out.choice)
+    tagged = opened.ask(square(), QUESTION, choices=["1", "1</answer>"], reasoning="cot", max_tokens=2)
+    assert sum(tagged.scores.values()) == pytest.approx(1)
+
+
 # Streams
 
 
@@ -416,8 +433,9 @@ def test_streams_refuse_before_the_first_piece(opened):
         opened.stream(square(), QUESTION, max_tokens=0)
 
 
-def test_a_video_beyond_the_model_s_positions_is_refused(opened):
-    """Catches positions that the model never saw."""
+def test_a_video_beyond_the_model_s_positions_is_refused(opened, monkeypatch):
+    """Catches positions that the model never saw, and a refusal that comes only after the vision tower has run."""
+    monkeypatch.setattr(OrtBackend, "encode", lambda *_: pytest.fail("the tower ran"))
     with pytest.raises(ConfigError, match="fewer or smaller frames"):
         opened.ask(square(64, 224, 224), QUESTION)
 

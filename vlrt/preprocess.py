@@ -78,6 +78,11 @@ def grid_of(frames: Frames, vision: Vision) -> tuple[int, int, int]:
     return count // vision.temporal_patch_size, height // vision.patch_size, width // vision.patch_size
 
 
+def seconds_per_temporal_patch(frames: Frames, vision: Vision) -> float:
+    """Return how many seconds of the video one temporal patch of its sampled frames covers, fractional."""
+    return vision.temporal_patch_size / frames.sample_fps
+
+
 def patchify(frames: Frames, video: Video, vision: Vision, start: int = 0, stop: int | None = None) -> Patches:
     """Return the normalised patches of temporal patches `start` to `stop` (exclusive; None: the last).
 
@@ -111,7 +116,7 @@ def patchify(frames: Frames, video: Video, vision: Vision, start: int = 0, stop:
     return Patches(
         pixels.reshape(len(pixels), vision.patch_dim),
         (count, rows, columns),
-        steps / frames.sample_fps,
+        seconds_per_temporal_patch(frames, vision),
         frames.is_image,
     )
 

@@ -19,7 +19,7 @@ from vlrt.backends import select
 from vlrt.backends.base import Array, Backend
 from vlrt.bundle import Bundle
 from vlrt.errors import ConfigError
-from vlrt.generate import Replace, Writer, read
+from vlrt.generate import Replace, Writer, check_length, read
 from vlrt.latent import ABLATIONS, ablate
 from vlrt.video import Frames, load
 
@@ -27,6 +27,7 @@ Source = str | os.PathLike[str] | bytes | Sequence[str | os.PathLike[str]] | Fra
 
 VISION_CHUNK = 4096  # patches per pass of the vision tower, rounded up to whole temporal patches
 ANSWER_TAG = "<answer>"  # where a chain of thought turns into the answer
+ANSWER_END = "</answer>"  # what ends it
 DEFAULT_MAX_TOKENS: Mapping[str, int] = {"latent": 128, "direct": 128, "cot": 1024}
 
 
@@ -37,7 +38,7 @@ class _Request:
     question: str
     reasoning: prompt.Reasoning
     choices: tuple[str, ...]
-    choice_ids: tuple[tuple[int, ...], ...]  # each ends in an end token
+    choice_ids: tuple[tuple[int, ...], ...]  # each ends in an end token; after a chain, behind the closing tag
     max_tokens: int
     min_tokens: int
     latents: NDArray[np.float32] | str | None
@@ -172,8 +173,8 @@ class Runtime:
             raise ConfigError(f"choices are {choices!r}; accepted: a list of two or more answers")
         if len(set(given)) < len(given) or not all(isinstance(c, str) and c for c in given):
             raise ConfigError(f"choices are {list(given)!r}; accepted: different answers, none of them empty")
-        end = self.model.tokens.eos_token_ids[0]
-        ids = tuple((*self.tokenizer.encode(choice), end) for choice in given)
+        closing = self.tokenizer.encode(ANSWER_END) if how == "cot" else []
+        ids = tuple((*self.tokenizer.encode(c), *closing, self.model.tokens.eos_token_ids[0]) for c in given)
         if len(set(ids)) < len(ids):
             raise ConfigError(f"choices are {list(given)!r}; accepted: answers that differ to the tokenizer as well")
         return _Request(question, how, given, ids, most, min_tokens, self._check_latents(how, latents))
@@ -201,11 +202,16 @@ class Runtime:
         clock = Clock()
         with clock("decode"):
             frames = load(video, self.model.video, self.model.vision, num_frames=num_frames, fps=fps)
-        tokens, media = self._encode(backend, frames, clock)
+        with clock("preprocess"):
+            shown = preprocess.resized(frames, self.model.video, self.model.vision)
+            media = self._media(shown)
         with clock("prefill"):
             built = prompt.build(self.tokenizer, self.model, request.question, [media], reasoning=request.reasoning)
-            context = read(backend, built, tokens)
             room = self._room(request)
+            check_length(self.model, len(built.ids), room)  # before the vision tower, which may take minutes
+        tokens = self._encode(backend, shown, media.grid_thw, clock)
+        with clock("prefill"):
+            context = read(backend, built, tokens)
             writer = Writer(backend, context, room)
         latents = None
         if request.reasoning == "latent":
@@ -277,7 +283,7 @@ class Runtime:
             best = int(np.argmax(log_scores))
             text = choice = request.choices[best]
             scores = dict(zip(request.choices, np.exp(log_scores).tolist(), strict=True))
-            written = list(request.choice_ids[best][:-1])
+            written = self.tokenizer.encode(choice)
         return Answer(
             text=text,
             token_ids=tuple(written),
@@ -291,21 +297,22 @@ class Runtime:
             warnings=frames.warnings,
         )
 
-    def _encode(self, backend: Backend, frames: Frames, clock: Clock) -> tuple[Array, prompt.Media]:
+    def _media(self, frames: Frames) -> prompt.Media:
+        """Say how many tokens resized frames will have, and when."""
+        vision = self.model.vision
+        seconds = preprocess.seconds_per_temporal_patch(frames, vision)
+        return prompt.Media(frames.is_image, preprocess.grid_of(frames, vision), seconds)
+
+    def _encode(self, backend: Backend, frames: Frames, grid: tuple[int, int, int], clock: Clock) -> Array:
         """Run the vision tower over chunks of whole temporal patches; return video tokens [N_v, C]."""
-        cfg = self.model
-        with clock("preprocess"):
-            frames = preprocess.resized(frames, cfg.video, cfg.vision)
-            grid = preprocess.grid_of(frames, cfg.vision)
+        cfg, parts = self.model, []
         step = max(1, VISION_CHUNK // (grid[1] * grid[2]))
-        parts, seconds = [], 0.0
         for start in range(0, grid[0], step):
             with clock("preprocess"):
                 patches = preprocess.patchify(frames, cfg.video, cfg.vision, start, min(start + step, grid[0]))
-            seconds = patches.seconds_per_temporal_patch
             with clock("vision"):
                 parts.append(backend.encode(patches.pixels, patches.grid_thw))
-        return backend.join(parts), prompt.Media(frames.is_image, grid, seconds)
+        return backend.join(parts)
 
     def _room(self, request: _Request) -> int:
         """Slots that the sequence may take beyond its prompt."""
