@@ -135,6 +135,7 @@ def test_what_is_no_bundle_is_told_apart(tmp_path, small):
     refused(fresh.write_checkpoint(tmp_path / "ck", overrides=QUICK), "it is a checkpoint: export it first")
     (tmp_path / "odd" / bundle.MANIFEST).mkdir(parents=True)
     refused(tmp_path / "odd", "has no manifest.json")
+    refused(tmp_path / ("x" * 300), "cannot be read: File name too long")
 
 
 @pytest.mark.parametrize("version", [None, 0, 2, "1", [1]])
@@ -471,6 +472,46 @@ def test_a_failed_rename_puts_the_old_bundle_back(tmp_path, monkeypatch):
     assert leftovers(tmp_path) == ["x.vlrt"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOTEMPTY, "Directory not empty")])
+@pytest.mark.parametrize("at", [".partial", "x.vlrt"])
+def test_an_end_between_the_two_renames_loses_no_bundle(tmp_path, monkeypatch, error, at):
+    """Catches Ctrl-C that leaves the old bundle under a hidden name, and hidden directories left behind."""
+    out = tmp_path / "x.vlrt"
+    write_small(out)
+    was = contents(out)
+    rename, left = Path.rename, [error]
+
+    def fails_once(self, target):
+        if self.name.endswith(at) and left:
+            raise left.pop()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_once)
+    with pytest.raises((KeyboardInterrupt, ExportError)), bundle.writing(out) as directory:
+        write_small(directory)
+    assert contents(out) == was
+    assert leftovers(tmp_path) == ["x.vlrt"]
+
+
+def test_two_exports_that_end_at_once_leave_one_whole_bundle(tmp_path, monkeypatch):
+    """Catches an old bundle kept under a hidden name because another export has filled its place meanwhile."""
+    out = tmp_path / "x.vlrt"
+    write_small(out)
+    rename = Path.rename
+
+    def meanwhile(self, target):
+        rename(self, target)
+        if self == out:
+            write_small(out)
+            (out / "other").write_text("from another process")
+
+    monkeypatch.setattr(Path, "rename", meanwhile)
+    with pytest.raises(ExportError, match="Directory not empty"), bundle.writing(out) as directory:
+        write_small(directory)
+    assert (out / "other").exists()
+    assert leftovers(tmp_path) == ["x.vlrt"]
+
+
 def test_what_is_no_bundle_is_never_replaced(tmp_path):
     """Catches `-o ~` or `-o model/` deleting somebody's files."""
     (tmp_path / "work").mkdir()
@@ -501,5 +542,6 @@ def test_an_empty_directory_is_filled(tmp_path):
 def test_a_parent_that_cannot_be_written_to_is_named(tmp_path):
     """Catches a NotADirectoryError."""
     (tmp_path / "file").write_text("x")
-    with pytest.raises(ExportError, match="cannot write to"), bundle.writing(tmp_path / "file" / "x.vlrt"):
-        raise AssertionError("never begun")
+    for path in (tmp_path / "file" / "x.vlrt", tmp_path / ("x" * 300)):
+        with pytest.raises(ExportError, match="cannot write to"), bundle.writing(path):
+            raise AssertionError("never begun")

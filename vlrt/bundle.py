@@ -101,12 +101,15 @@ class Bundle:
                 size.
         """
         directory = Path(path)
-        if not directory.is_dir():
-            hint = "; it is a file" if directory.exists() else ""
-            raise BundleError(f"{directory} is not a bundle{hint}; accepted: a directory that `vlrt export` wrote")
-        if not (directory / MANIFEST).is_file():
-            hint = "; it is a checkpoint: export it first" if (directory / "config.json").is_file() else ""
-            raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}{hint}")
+        try:
+            if not directory.is_dir():
+                hint = "; it is a file" if directory.exists() else ""
+                raise BundleError(f"{directory} is not a bundle{hint}; accepted: a directory that `vlrt export` wrote")
+            if not (directory / MANIFEST).is_file():
+                hint = "; it is a checkpoint: export it first" if (directory / "config.json").is_file() else ""
+                raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}{hint}")
+        except OSError as error:  # no permission, or a name that is too long
+            raise BundleError(f"{directory} cannot be read: {error.strerror}") from error
         bundle = cls(directory, _read_manifest(directory / MANIFEST))
         for name, record in bundle.manifest.files.items():
             bundle._check_size(name, record)
@@ -209,11 +212,11 @@ def writing(out: Path) -> Iterator[Path]:
     Raises:
         ExportError: `out` exists and is not a bundle, its parent cannot be written to, or the disk is full.
     """
-    if out.is_symlink() or (out.exists() and not (out / MANIFEST).is_file() and not _is_empty(out)):
-        raise ExportError(
-            f"{out} exists and is not a bundle; accepted: a new path, an empty directory, or a bundle to replace"
-        )
     try:
+        if out.is_symlink() or (out.exists() and not (out / MANIFEST).is_file() and not _is_empty(out)):
+            raise ExportError(
+                f"{out} exists and is not a bundle; accepted: a new path, an empty directory, or a bundle to replace"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:
@@ -256,15 +259,18 @@ def _replace(temporary: Path, out: Path) -> None:
     if not out.exists():
         temporary.rename(out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    out.rename(old / out.name)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    old = aside / out.name
     try:
+        out.rename(old)
         temporary.rename(out)
-    except OSError:
-        (old / out.name).rename(out)
-        old.rmdir()
+    except BaseException:
+        if old.exists() and not out.exists():
+            old.rename(out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if out.exists() or not old.exists():  # else the old one could not be put back: it is not deleted
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _is_empty(path: Path) -> bool:
