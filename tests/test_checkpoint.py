@@ -451,6 +451,8 @@ def test_directories_without_usable_weights_say_so(tmp_path, make_checkpoint):
     """Catches a pickle that is loaded, and messages that leave one searching."""
     with pytest.raises(CheckpointError, match="is not a directory"):
         Checkpoint.open(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="cannot be read: File name too long"):
+        Checkpoint.open(tmp_path / ("x" * 300))
     path = tmp_path / "ck"
     shutil.copytree(make_checkpoint(**SMALL).path, path)
     (path / checkpoint.WEIGHTS).unlink()

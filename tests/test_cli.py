@@ -115,6 +115,13 @@ def test_asking_needs_none_of_the_packages_that_only_an_export_needs(room: Path,
     fails(run("export", "tiny", "-o", "again.vlrt", cwd=room, env=without), "vlrt[export]")
 
 
+def test_training_without_its_packages_names_its_own_extra(room: Path, tmp_path: Path) -> None:
+    (tmp_path / "accelerate.py").write_text("raise ModuleNotFoundError(name='accelerate')")
+    (tmp_path / "rows.jsonl").write_text("")
+    command = ("train", "--model", room / "tiny", "--data", tmp_path / "rows.jsonl", "-o", tmp_path / "run")
+    fails(run(*command, cwd=room, env={**os.environ, "PYTHONPATH": str(tmp_path)}), "accelerate", "vlrt[train]")
+
+
 def test_info_of_a_bundle(room: Path) -> None:
     facts = json.loads(run("info", "tiny.vlrt", "--json", cwd=room).stdout)
     assert (facts["kind"], facts["backend"], facts["precision"]) == ("bundle", "ort", "fp32")
@@ -140,6 +147,20 @@ def test_doctor_gives_a_reason_for_every_backend(tmp_path: Path) -> None:
     assert {row["name"]: row["available"] for row in facts["abilities"]}["ort backend, CPU"]
     assert all(row["reason"] for row in facts["abilities"])
     assert "tensorrt backend" in run("doctor", cwd=tmp_path).stdout
+
+
+def test_an_engine_that_does_not_import_is_a_reason(room: Path, tmp_path: Path) -> None:
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('libgomp.so.1: cannot open shared object file')")
+    broken = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    fails(run("ask", "tiny.vlrt", "clip.mp4", QUESTION, cwd=room, env=broken), "libgomp.so.1")
+    done = run("doctor", "--json", cwd=room, env=broken)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    reasons = {row["name"]: row["reason"] for row in json.loads(done.stdout)["abilities"]}
+    assert "libgomp.so.1" in reasons["ort backend, CPU"]
+
+
+def test_init_that_cannot_write_says_so(room: Path) -> None:
+    fails(run("init", "clip.mp4/below", cwd=room), "cannot write clip.mp4/below: Not a directory")
 
 
 def test_init_writes_a_checkpoint_that_info_reads(tmp_path: Path) -> None:
@@ -178,13 +199,13 @@ def test_version(tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path).stdout == f"vlrt {vlrt.__version__}\n"
 
 
-@pytest.mark.parametrize("bundle", ["missing.vlrt", "empty", "clip.mp4", "tiny"])
+@pytest.mark.parametrize("bundle", ["missing.vlrt", "empty", "clip.mp4", "tiny", "x" * 300])
 def test_what_is_no_bundle_is_refused_by_name(room: Path, bundle: str) -> None:
     (room / "empty").mkdir(exist_ok=True)
     fails(run("ask", bundle, "clip.mp4", QUESTION, cwd=room), bundle)
 
 
-@pytest.mark.parametrize("path", ["missing", "empty", "clip.mp4"])
+@pytest.mark.parametrize("path", ["missing", "empty", "clip.mp4", "x" * 300])
 def test_info_refuses_what_it_does_not_know(room: Path, path: str) -> None:
     (room / "empty").mkdir(exist_ok=True)
     fails(run("info", path, cwd=room), path)

@@ -1,5 +1,6 @@
 """Fresh checkpoints: deterministic, well scaled, of the exact published sizes, and readable by everybody."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from vlrt import fresh
 from vlrt.checkpoint import INDEX, WEIGHTS, Checkpoint, expected_tensors
-from vlrt.errors import ConfigError
+from vlrt.errors import CheckpointError, ConfigError
 from vlrt.tokenizer import Tokenizer
 
 
@@ -186,3 +187,25 @@ def test_nothing_is_overwritten(tmp_path):
         fresh.write_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="is not an empty directory"):
         fresh.write_checkpoint(tmp_path / "precious")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    """Catches a bare OSError."""
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
+        with pytest.raises(CheckpointError, match=r"cannot write .*; choose another place"):
+            fresh.write_checkpoint(path)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch, error):
+    """Catches a directory that looks like a checkpoint but ends in the middle of its weights."""
+
+    def breaks_off(*_):
+        yield b""
+        raise error
+
+    monkeypatch.setattr(fresh._Weights, "blocks", breaks_off)
+    with pytest.raises((CheckpointError, KeyboardInterrupt)):
+        fresh.write_checkpoint(tmp_path / "half")
+    assert not any(tmp_path.iterdir())

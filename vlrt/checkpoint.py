@@ -58,9 +58,9 @@ class Checkpoint:
             CheckpointError: files or tensors are missing, damaged, or of a kind that vlrt does not run.
         """
         directory = Path(path)
-        if not directory.is_dir():
-            raise CheckpointError(f"{directory} is not a directory; accepted: a Hugging Face checkpoint directory")
         try:
+            if not directory.is_dir():
+                raise CheckpointError("is not a directory; accepted: a Hugging Face checkpoint directory")
             hf = _read_json(directory / "config.json", required=True)
             stored = _read_headers(directory)
             model = aliases.model_from_hf(
@@ -76,6 +76,8 @@ class Checkpoint:
             _check_tensors(model, stored)
         except (CheckpointError, ConfigError) as error:
             raise CheckpointError(f"{directory}: {error}") from error
+        except OSError as error:  # no permission, or a name that is too long
+            raise CheckpointError(f"{directory} cannot be read: {error.strerror}") from error
         return cls(directory, directory.resolve().name, model, stored[_EMBEDDING].dtype, stored)
 
     def names(self) -> tuple[str, ...]:

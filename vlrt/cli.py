@@ -35,13 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain("error", str(error))
         return EXIT_ERROR
     except ModuleNotFoundError as error:
-        from vlrt.doctor import EXPORT_PACKAGES
+        from vlrt.doctor import EXTRAS
 
-        if error.name not in EXPORT_PACKAGES:
+        name, extra = (error.name or "").partition(".")[0], "train" if args.command is train else "export"
+        if name not in EXTRAS[extra]:
             raise
-        _complain(
-            "error", f"this command needs {error.name}, which is not installed; to do: pip install 'vlrt[export]'"
-        )
+        _complain("error", f"this command needs {name}, which is not installed; to do: pip install 'vlrt[{extra}]'")
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -100,9 +99,13 @@ def ask(args: argparse.Namespace) -> None:
 def info(args: argparse.Namespace) -> None:
     """Print what a bundle or a checkpoint holds."""
     path = Path(args.path)
-    if (path / "manifest.json").exists():
+    try:
+        is_bundle, is_checkpoint = (path / "manifest.json").exists(), (path / "config.json").exists()
+    except OSError as error:  # no permission, or a name that is too long
+        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+    if is_bundle:
         facts = _bundle_facts(path)
-    elif (path / "config.json").exists():
+    elif is_checkpoint:
         facts = _checkpoint_facts(path)
     else:
         given = "holds neither manifest.json (a bundle) nor config.json (a checkpoint)"

@@ -15,7 +15,8 @@ import vlrt
 from vlrt.backends import select
 
 RUNTIME_PACKAGES = ("numpy", "onnxruntime", "tokenizers", "av", "pillow", "jinja2", "rich")
-EXPORT_PACKAGES = ("torch", "safetensors", "onnx", "onnxscript", "transformers")
+EXPORT_PACKAGES = ("torch", "safetensors", "onnx", "onnx_ir", "onnxscript")
+EXTRAS = {"export": EXPORT_PACKAGES, "train": ("torch", "safetensors", "accelerate", "peft", "yaml", "tensorboard")}
 
 # Features as /proc/cpuinfo spells them, that decide how fast a bundle answers; the first row is x86, the second Arm.
 CPU_FEATURES = (

@@ -9,6 +9,7 @@ state on.
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tokenizers.models import BPE
 
 from vlrt import config
 from vlrt.checkpoint import INDEX, WEIGHTS, Shape, expected_tensors
-from vlrt.errors import ConfigError
+from vlrt.errors import CheckpointError, ConfigError
 from vlrt.hf_config import DType, Layout, hf_config, stored_name
 from vlrt.tokenizer import CHAT_TEMPLATE
 
@@ -153,27 +154,28 @@ def write_checkpoint(
 
     Raises:
         ConfigError: an unknown shape or setting, or a directory that is not empty.
+        CheckpointError: the directory cannot be written; nothing is left of it.
     """
     if layout not in ("flat", "nested") or dtype not in ("float32", "bfloat16"):
         raise ConfigError(
             f"layout is {layout!r}, dtype {dtype!r}; accepted: 'flat' or 'nested', 'float32' or 'bfloat16'"
         )
     directory = Path(path)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    try:
+        taken = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    except OSError as error:  # no permission, or a name that is too long
+        raise CheckpointError(f"cannot write {directory}: {error.strerror}; choose another place") from error
+    if taken:
         raise ConfigError(f"{directory} exists and is not an empty directory; accepted: a new or an empty one")
     model = fresh_model(shape, family=family, latent=latent, tie=tie, overrides=overrides)
-    directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", hf_config(model, layout=layout, dtype=dtype))
-    _write_companions(directory, model)
-    draw = _Weights(seed, dtype, model, randomize_all)
-    tensors = expected_tensors(model)
-    shards = _shards(tensors, draw.value_bytes, shard_bytes)
-    for file, names in shards.items():
-        _write_safetensors(directory / file, {stored_name(n, layout): (n, tensors[n]) for n in names}, draw)
-    if shard_bytes is not None:
-        weight_map = {stored_name(name, layout): file for file, names in shards.items() for name in names}
-        total = sum(math.prod(s) * draw.value_bytes for s in tensors.values())
-        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _write(directory, model, layout, dtype, shard_bytes, _Weights(seed, dtype, model, randomize_all))
+    except BaseException as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"cannot write {directory}: {error.strerror}; choose another place") from error
+        raise
     return directory
 
 
@@ -221,6 +223,21 @@ def special_ids(vocab_size: int) -> dict[str, int]:
     if vocab_size > QWEN_FIRST_SPECIAL + max(SPECIAL_TOKENS.values()):
         return {token: QWEN_FIRST_SPECIAL + place for token, place in SPECIAL_TOKENS.items()}
     return {token: 256 + len(_MERGES) + i for i, token in enumerate(SPECIAL_TOKENS)}
+
+
+def _write(
+    directory: Path, model: config.Model, layout: Layout, dtype: DType, shard_bytes: int | None, draw: "_Weights"
+) -> None:
+    _write_json(directory / "config.json", hf_config(model, layout=layout, dtype=dtype))
+    _write_companions(directory, model)
+    tensors = expected_tensors(model)
+    shards = _shards(tensors, draw.value_bytes, shard_bytes)
+    for file, names in shards.items():
+        _write_safetensors(directory / file, {stored_name(n, layout): (n, tensors[n]) for n in names}, draw)
+    if shard_bytes is not None:
+        weight_map = {stored_name(name, layout): file for file, names in shards.items() for name in names}
+        total = sum(math.prod(s) * draw.value_bytes for s in tensors.values())
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 class _Weights:
@@ -311,7 +328,7 @@ def _write_safetensors(file: Path, tensors: Mapping[str, tuple[str, Shape]], dra
 def _write_companions(directory: Path, model: config.Model) -> None:
     """Write tokenizer, chat template, preprocessor and generation settings."""
     v, ids = model.vision, special_ids(model.decoder.vocab_size)
-    _tokenizer(ids).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.json").write_text(_tokenizer(ids).to_str(pretty=True), encoding="utf-8")
     settings: dict[str, Any] = {"tokenizer_class": "Qwen2Tokenizer", "chat_template": CHAT_TEMPLATE}
     settings |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None, "unk_token": None}
     settings |= {"model_max_length": model.decoder.max_positions, "clean_up_tokenization_spaces": False}

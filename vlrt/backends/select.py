@@ -31,7 +31,10 @@ def unavailable(backend: str) -> str | None:
     assert backend in BACKENDS
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed (pip install onnxruntime)"
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:  # built for another system: a library or a symbol that this one lacks
+        return f"onnxruntime is installed but cannot be imported ({error}); install one that is built for this system"
 
     if "CPUExecutionProvider" not in onnxruntime.get_available_providers():
         return f"this onnxruntime ({onnxruntime.__version__}) has no CPU provider"
