@@ -37,7 +37,8 @@ class Answer:
         text: the answer; the choice, where choices were given.
         token_ids: what the model wrote, without the token that ended it; of a choice, its ids.
         choice: the likeliest choice, or None without choices.
-        scores: probability of each choice, given that it is one of them; they add up to 1.
+        scores: probability of each choice where the model may say nothing but one of them: at every word, among the
+            words with which the choices go on (`choices.log_probabilities`); they add up to 1.
         reasoning: "latent", "direct" or "cot".
         thought: the chain of thought, or None.
         latents: [L, C] float32, or None.
