@@ -34,6 +34,7 @@ from vlrt import scoring
         ("OCR", "a b c d e f g h i", "stop", 0),  # a rate above 1 is no negative score
         ("OCR", "", "", 1),
         ("free-form", "The red ball!", "the red ball", 1),
+        ("free-form", "Red.", "red", 1),  # one word has no pairs
         ("free-form", "blue", "red", 0),
         ("free-form", "", "red", 0),
         # shared words 2 of 3 and 2: 0.8; shared pairs 1 of 2 and 1: 2/3; longest common 2: 0.8
