@@ -303,3 +303,26 @@ def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "vlrt", "doctor"], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_eval_scores_a_data_set_and_goes_on(room: Path) -> None:
+    """Catches a verb that is not wired to its work, and results that a second run asks for anew."""
+    rows = [
+        {"video": "clip.mp4", "question": QUESTION, "answer": "left", "choices": ["left", "right"]},
+        {"video": "clip.mp4", "question": QUESTION, "answer": "right", "choices": ["left", "right"]},
+    ]
+    (room / "triplets.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = [run("eval", "tiny.vlrt", "triplets.jsonl", "--json", cwd=room) for _ in range(2)]
+    for done in found:
+        assert done.returncode == 0, done.stderr
+        groups = {group["name"]: group for group in json.loads(done.stdout)["groups"]}
+        assert groups["all"]["num_rows"] == 2
+        assert groups["all"]["score"] == 0.5  # the same question twice, with the two answers
+    results = (room / "tiny.vlrt.triplets.results.jsonl").read_text().splitlines()
+    assert len(results) == 3
+    assert found[0].stdout == found[1].stdout
+    table = run("eval", "tiny.vlrt", "triplets.jsonl", cwd=room)
+    assert "multiple choice" in table.stdout
+    other = run("eval", "tiny.vlrt", "triplets.jsonl", "--reasoning", "direct", cwd=room)
+    assert other.returncode == 1
+    assert "other settings" in other.stderr
