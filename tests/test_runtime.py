@@ -453,8 +453,9 @@ def test_opening_refuses_what_it_does_not_know(make_bundle, make_checkpoint, tmp
     path = make_bundle(**MODEL)
     with pytest.raises(ConfigError, match="backend is 'tensorrt'; accepted: auto, ort"):
         Runtime.open(path, backend="tensorrt")
-    with pytest.raises(ConfigError, match="threads is 0"):
-        Runtime.open(path, threads=0)
+    for threads in (0, 1025, 100_000, "2"):
+        with pytest.raises(ConfigError, match=f"threads is {threads!r}; accepted: a whole number from 1 to 1024"):
+            Runtime.open(path, threads=threads)
     with pytest.raises(BundleError, match="export it first"):
         Runtime.open(make_checkpoint(**MODEL).path)
     with pytest.raises(BundleError, match="is not a bundle"):

@@ -28,6 +28,7 @@ Source = str | os.PathLike[str] | bytes | Sequence[str | os.PathLike[str]] | Fra
 VISION_CHUNK = 4096  # patches per pass of the vision tower, rounded up to whole temporal patches
 ANSWER_TAG = "<answer>"  # where a chain of thought turns into the answer
 ANSWER_END = "</answer>"  # what ends it
+MAX_THREADS = 1024  # more is a slip, and the engine takes minutes to start them
 DEFAULT_MAX_TOKENS: Mapping[str, int] = {"latent": 128, "direct": 128, "cot": 1024}
 
 
@@ -67,8 +68,8 @@ class Runtime:
             BackendUnavailable: the backend cannot run here, or not this bundle.
             ConfigError: a setting is out of range.
         """
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads is {threads}; accepted: 1 or more")
+        if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
+            raise ConfigError(f"threads is {threads!r}; accepted: a whole number from 1 to {MAX_THREADS}")
         bundle = Bundle.open(path)
         for name in prompt.FILES:
             if (bundle.path / name).exists():
