@@ -159,10 +159,12 @@ def _write_table(
 
 
 def _tokenizer(checkpoint: Checkpoint) -> prompt.Tokenizer:
+    """Read the tokenizer, and refuse one that cannot ask this model."""
     try:
         tokenizer = prompt.Tokenizer.open(checkpoint.path)
+        verify.check_prompts(tokenizer, checkpoint.model)
     except ConfigError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
     return tokenizer
 
 

@@ -38,6 +38,18 @@ class Record:
     latent_answer: tuple[int, ...]
 
 
+def check_prompts(tokenizer: prompt.Tokenizer, cfg: config.Model) -> None:
+    """Build the gate's prompts, before any work is done for them.
+
+    Raises:
+        ConfigError: tokenizer, chat template and model do not fit each other.
+    """
+    media = prompt.Media(False, _grid(cfg), 1.0)
+    _prompt(tokenizer, cfg, media, "direct")
+    if cfg.latent is not None:
+        _prompt(tokenizer, cfg, media, "latent")
+
+
 def check(
     bundle: Backend,
     reference: Callable[[], Backend],
@@ -155,12 +167,16 @@ def _prompt(
 
 def _clip(cfg: config.Model) -> tuple[Floats, prompt.Media]:
     """Make the patches of a small video: waves whose phase moves, and a little noise."""
-    merge = cfg.vision.spatial_merge_size
-    grid = (GRID_MERGED[0], GRID_MERGED[1] * merge, GRID_MERGED[2] * merge)
+    grid = _grid(cfg)
     shape = (grid[0] * grid[1] * grid[2], cfg.vision.patch_dim)
     noise = np.random.default_rng(0).standard_normal(shape)
     waves = np.sin(np.arange(shape[0])[:, None] * 0.7 + np.arange(shape[1])[None] * 0.05)
     return (waves + 0.3 * noise).astype(np.float32), prompt.Media(False, grid, 1.0)
+
+
+def _grid(cfg: config.Model) -> tuple[int, int, int]:
+    merge = cfg.vision.spatial_merge_size
+    return GRID_MERGED[0], GRID_MERGED[1] * merge, GRID_MERGED[2] * merge
 
 
 def _ids(ids: Sequence[int]) -> NDArray[np.int64]:

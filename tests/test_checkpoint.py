@@ -478,6 +478,18 @@ def test_a_missing_shard_is_named(tmp_path):
         Checkpoint.open(path)
 
 
+def test_weights_that_may_not_be_read_are_not_called_missing(make_checkpoint, monkeypatch):
+    """Catches a search for a file that is there: safetensors raises FileNotFoundError without permission, too."""
+
+    def refuses(*_, **__):
+        raise FileNotFoundError("No such file or directory")
+
+    path = make_checkpoint(**SMALL).path
+    monkeypatch.setattr(checkpoint.safetensors, "safe_open", refuses)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read; check its permissions"):
+        Checkpoint.open(path)
+
+
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/etc/passwd", "a/b.safetensors", 3, "x\x00y", ".", ""])
 def test_an_index_cannot_name_files_elsewhere(tmp_path, name):
     """Catches a downloaded index that reads files outside its directory."""

@@ -31,7 +31,7 @@ from vlrt.backends.torch import TorchBackend
 from vlrt.bundle import MANIFEST, Bundle
 from vlrt.checkpoint import WEIGHTS, Checkpoint
 from vlrt.errors import CheckpointError, ConfigError, ExportError
-from vlrt.export import quantize, verify
+from vlrt.export import exporter, quantize, verify
 from vlrt.export.exporter import export
 from vlrt.export.onnx import write_graph
 from vlrt.fresh import write_checkpoint
@@ -332,10 +332,15 @@ UP = "model.layers.1.mlp.up_proj.weight"
         (lambda path: misshapen(path, UP), [UP, "[224, 127]", "[224, 128]"]),
         (lambda path: (path / "tokenizer.json").unlink(), ["tokenizer.json"]),
         (lambda path: (path / "tokenizer.json").write_text("{}"), ["tokenizer.json"]),
+        (lambda path: (path / "chat_template.jinja").write_text("blind"), ["edited", "0 pads", "for 1 media"]),
+        (lambda path: (path / "chat_template.jinja").write_text("{{ raise_exception('no') }}"), ["edited", "no"]),
     ],
 )
-def test_checkpoints_that_cannot_be_exported_are_refused_by_name(make_checkpoint, tmp_path, place, edit, words):
-    """Catches weights left at random where a tensor is missing, and an error that does not say which."""
+def test_checkpoints_that_cannot_be_exported_are_refused_by_name(
+    make_checkpoint, tmp_path, place, monkeypatch, edit, words
+):
+    """Catches weights left at random where a tensor is missing, an error that does not say which, and wasted work."""
+    monkeypatch.setattr(exporter, "_write", lambda *_: pytest.fail("weights were written"))
     path = copied(make_checkpoint(**TINY), tmp_path)
     edit(path)
     with pytest.raises(CheckpointError) as caught:

@@ -267,8 +267,9 @@ def _read_header(file: Path) -> list[Stored]:
                 dtype = tensor.get_dtype()
                 found.append(Stored(file, name, tuple(tensor.get_shape()), DTYPES.get(dtype, dtype)))
             return found
-    except FileNotFoundError:
-        raise CheckpointError(f"{file.name} is missing; {INDEX} names it") from None
+    except FileNotFoundError:  # what safetensors also says of a file that it may not read
+        why = "cannot be read; check its permissions" if file.exists() else f"is missing; {INDEX} names it"
+        raise CheckpointError(f"{file.name} {why}") from None
     except (safetensors.SafetensorError, OSError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{file.name} is not a whole safetensors file: {error}") from error
 
