@@ -21,7 +21,8 @@ Progress = Callable[[int, int, float], None]  # rows done, rows in all, mean sco
 class Asker(Protocol):
     """What an evaluation needs of a `Runtime`."""
 
-    def ask(self, video: Any, question: str, **options: Any) -> Answer:
+    @property
+    def ask(self) -> Callable[..., Answer]:
         """See `Runtime.ask`."""
 
 
