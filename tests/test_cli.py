@@ -326,3 +326,13 @@ def test_eval_scores_a_data_set_and_goes_on(room: Path) -> None:
     other = run("eval", "tiny.vlrt", "triplets.jsonl", "--reasoning", "direct", cwd=room)
     assert other.returncode == 1
     assert "other settings" in other.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device without room")
+@pytest.mark.parametrize("command", [("doctor",), ("info", "tiny.vlrt", "--json")])
+def test_an_output_without_room_is_told_in_one_line(room: Path, command: tuple[str, ...]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "vlrt", *command], cwd=room, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"vlrt: error: the output cannot be written: ")
+    assert done.stderr.count(b"\n") == 1, done.stderr

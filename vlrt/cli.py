@@ -44,9 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
+    except OSError as error:  # of writing the answer: all others are VlrtErrors by now
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
-        return EXIT_CLOSED_PIPE
+        if isinstance(error, BrokenPipeError):
+            return EXIT_CLOSED_PIPE
+        _complain("error", f"the output cannot be written: {error}")
+        return EXIT_ERROR
     return 0
 
 
