@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.videos import make, picture
 from vlrt.checkpoint import Checkpoint, expected_tensors
 from vlrt.errors import CheckpointError, ConfigError
 from vlrt.models import registry
-from vlrt.train import loop, prepare, save, settings, triplets
+from vlrt.train import learner, loop, prepare, save, settings, triplets
 from vlrt.train.data import VideoQuestions, collate
 from vlrt.train.settings import Lora, Objective, Settings
 from vlrt.train.system import Draw, Trainee, attention_mask, draw
@@ -56,7 +57,7 @@ def a_batch(checkpoint, data, system, tmp_path):
 
 
 def a_trainee(checkpoint, chosen=QUICK):
-    return Trainee(loop._model(checkpoint, chosen), chosen)
+    return Trainee(learner.build(checkpoint, chosen), chosen)
 
 
 @pytest.mark.parametrize("system", ["latent", "direct", "cot", "pause"])
@@ -94,7 +95,7 @@ def test_a_finished_run_returns_at_once_and_another_is_refused(checkpoint, data,
     """Catches a run that overwrites another's result."""
     out = loop.train(checkpoint.path, data, tmp_path / "run", QUICK)
     assert loop.train(checkpoint.path, data, tmp_path / "run", QUICK, report=lambda *_: pytest.fail("again")) == out
-    loop.shutil.rmtree(out)
+    shutil.rmtree(out)
     with pytest.raises(ConfigError, match="other settings"):
         loop.train(checkpoint.path, data, tmp_path / "run", replace(QUICK, seed=1))
     (tmp_path / "mine").mkdir()
@@ -237,7 +238,7 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     optimizer = type("Fake", (), {"param_groups": [group]})
     rates = []
     for step in range(10):
-        loop._schedule(optimizer, replace(QUICK, steps=10, warmup=4), step)
+        learner.schedule(optimizer, replace(QUICK, steps=10, warmup=4), step)
         rates.append(group["lr"])
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
     assert rates[4:] == sorted(rates[4:], reverse=True)
@@ -273,9 +274,11 @@ def test_large_models_are_saved_in_shards(checkpoint, tmp_path):
 
 def test_settings_from_yaml_and_pairs(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("steps: 7\nobjective:\n  bptt: 1\n  alignment: 0.5\nlora:\n  rank: 4\n")
+    file.write_text("steps: 7\nlearning_rate: 2e-5\nobjective:\n  bptt: 1\n  alignment: 0.5\nlora:\n  rank: 4\n")
     found = settings.read(file, ["objective.alignment=0.2", "system=cot", "lora.alpha=8"])
-    assert found == Settings(system="cot", steps=7, objective=Objective(bptt="1", alignment=0.2), lora=Lora(4, 8))
+    assert found == Settings(
+        system="cot", steps=7, learning_rate=2e-5, objective=Objective(bptt="1", alignment=0.2), lora=Lora(4, 8)
+    )
 
 
 @pytest.mark.parametrize(

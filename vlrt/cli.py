@@ -178,18 +178,15 @@ def train(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from vlrt.checkpoint import Checkpoint
-    from vlrt.train import loop, prepare, settings
+    from vlrt.train import loop, settings
 
     chosen = settings.read(args.config, args.set)
     if args.system is not None:
         chosen = dataclasses.replace(chosen, system=args.system)
-    base = args.model
-    if chosen.system in ("latent", "pause") and Checkpoint.open(base).model.latent is None:
-        base = args.output.with_name(f"{args.output.name}.start")
-        if not base.exists():
-            prepare.add_latents(Checkpoint.open(args.model), base, {"num_latents": args.latents}, seed=chosen.seed)
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+    is_main = loop.is_main_process()  # under torchrun the others are quiet
+    base = loop.begin(args.model, args.output, chosen, {"num_latents": args.latents})
+    hides = not (is_main and sys.stderr.isatty())
+    with Progress(console=Console(stderr=True), transient=True, disable=hides) as progress:
         task = progress.add_task(chosen.system, total=chosen.steps)
 
         def report(step: int, measured: dict[str, float]) -> None:
@@ -197,7 +194,8 @@ def train(args: argparse.Namespace) -> None:
             progress.update(task, completed=step, description=shown)
 
         out = loop.train(base, args.data, args.output, chosen, validation=args.validation, report=report)
-    _put(str(out))
+    if is_main:
+        _put(str(out))
 
 
 def _bundle_facts(path: Path) -> dict[str, Any]:

@@ -1,36 +1,29 @@
 """The training loop: triplets and a checkpoint in, a checkpoint out, going on after any interruption where it was.
 
-Built on accelerate. What is drawn depends on seed and step alone, and state is saved whole or not at all, so that a run
-that was killed ends as one that was not. Knows files and schedules; `system.py` knows what a step computes.
+accelerate starts the processes and chooses device and precision. What is drawn depends on seed and step alone, and
+state is saved whole or not at all, so that a run that was killed ends as one that was not. Knows files and when things
+are done; `learner.py` does them.
 """
 
 import contextlib
-import json
-import math
-import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils.data import Sampler
+from accelerate import Accelerator, PartialState
 
-from vlrt.checkpoint import Checkpoint, expected_tensors
-from vlrt.errors import ConfigError
-from vlrt.hf_config import DType
-from vlrt.models import registry
-from vlrt.train import save, triplets
-from vlrt.train.data import Batch, VideoQuestions, loader
-from vlrt.train.settings import Lora, Settings
-from vlrt.train.system import Draw, Trainee, draw
+from vlrt.checkpoint import Checkpoint
+from vlrt.train import order, prepare, run_directory, sharding, triplets
+from vlrt.train.data import VideoQuestions, loader
+from vlrt.train.learner import Learner, has_teacher
+from vlrt.train.objective import IGNORED
+from vlrt.train.run_directory import FRAMES, METRICS, MODEL, SETTINGS, STATE
+from vlrt.train.settings import Settings
+from vlrt.train.system import Draw, Trainee, check
 
-MODEL, STATE, SETTINGS, METRICS, FRAMES = "model", "state", "settings.json", "metrics.jsonl", "frames"
-LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FINAL_SHARE = 0.1  # of the learning rate's peak, at the end of the cosine
+__all__ = ["FRAMES", "METRICS", "MODEL", "SETTINGS", "STATE", "Evaluation", "begin", "evaluate", "train"]
 
 Report = Callable[[int, dict[str, float]], None]  # steps done, and what was measured
 
@@ -41,6 +34,27 @@ class Evaluation:
 
     loss: float
     exact: float
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints; starts the others' group where torchrun started them."""
+    return bool(PartialState(cpu=_on_cpu()).is_main_process)
+
+
+def begin(model: Path, out: Path, settings: Settings, latent: Mapping[str, Any]) -> Path:
+    """Return the checkpoint to train: the given one, or a copy beside `out` that has latents where it has none.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used, or the copy cannot be written.
+    """
+    checkpoint = Checkpoint.open(model)
+    if settings.system not in ("latent", "pause") or checkpoint.model.latent is not None:
+        return model
+    copy = out.with_name(f"{out.name}.start")
+    with PartialState(cpu=_on_cpu()).main_process_first():
+        if not copy.exists():
+            prepare.add_latents(checkpoint, copy, latent, seed=settings.seed)
+    return copy
 
 
 def train(
@@ -55,250 +69,88 @@ def train(
     """Train a checkpoint on triplets; return the directory of the trained one, `out`/model.
 
     `out` also holds the settings, a line of metrics per step, TensorBoard logs, cached frames and, until the run ends,
-    the state to go on from. Calling it again with the same arguments goes on; a finished run returns at once.
+    the state to go on from. Calling it again with the same arguments goes on; a finished run returns at once. Processes
+    that torchrun started train together, each with `batch_size` samples at a time.
 
     Raises:
-        CheckpointError: the checkpoint cannot be used, or the result cannot be written.
-        ConfigError: the data cannot be used, or `out` is of a run with other settings.
+        CheckpointError: the checkpoint cannot be used, or `out` cannot be written.
+        ConfigError: the data cannot be used, `out` is of a run with other settings, or the loss is no number.
     """
     if (out / MODEL).is_dir():
         return out / MODEL
+    precision = "bf16" if settings.precision == "bf16" else "no"
+    accelerator = Accelerator(cpu=_on_cpu(), mixed_precision=precision)
     checkpoint = Checkpoint.open(checkpoint_path)
-    _claim(out, {"settings": asdict(settings), "checkpoint": str(checkpoint_path), "data": str(data)})
+    check(settings, checkpoint.model.latent)
+    run = {"settings": asdict(settings), "checkpoint": str(checkpoint_path), "data": str(data)}
+    if accelerator.is_main_process:
+        run_directory.claim(out, run | {"processes": accelerator.num_processes})
+    accelerator.wait_for_everyone()
     found = triplets.read(data, max_bad_rows=settings.max_bad_rows)
     bad = triplets.BadRows(data, settings.max_bad_rows)
     bad.add(found.bad)
-    questions = _dataset(found.rows, checkpoint, settings, out)
+    questions = _dataset(found.rows, checkpoint, settings, out, tells_answer=has_teacher(settings))
     held_out = None
     if validation is not None:
         held_out = _dataset(triplets.read(validation).rows, checkpoint, settings, out)
-    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
-    trainee = Trainee(_model(checkpoint, settings), settings)
-    optimizer = torch.optim.AdamW(_groups(trainee, settings), lr=settings.learning_rate)
-    wrapped, optimizer = accelerator.prepare(trainee, optimizer)
-    step = _resume(accelerator, out)
-    batches = _batches(questions, settings, step, accelerator)
-    with _log(out, step) as log:
+    learner = Learner(checkpoint, settings, accelerator)
+    step = learner.load(out)
+    batches = order.batches(questions, settings, step)
+    with run_directory.log(out, step) if accelerator.is_main_process else contextlib.nullcontext() as log:
         while step < settings.steps:
-            _schedule(optimizer, settings, step)
-            drawn = draw(settings, checkpoint.model.latent, step)
-            measured = _step(accelerator, wrapped, optimizer, batches, settings, drawn, bad)
+            measured = learner.step(step, batches, bad)
             step += 1
             last = step == settings.steps
             if held_out is not None and (last or (settings.eval_every and step % settings.eval_every == 0)):
-                scores = evaluate(wrapped, held_out, settings)
+                scores = evaluate(learner.trainee, held_out, settings)
                 measured |= {"validation_loss": scores.loss, "validation_exact": scores.exact}
-            if accelerator.is_main_process:
+            if log is not None:
                 log(step, measured)
             if report is not None:
                 report(step, measured)
             if not last and step % settings.save_every == 0:
-                _save_state(accelerator, out, step)
-    state = save.merged_state(accelerator.unwrap_model(wrapped).model)
-    if accelerator.is_main_process:
-        tensors = ((name, state[name].reshape(shape)) for name, shape in expected_tensors(checkpoint.model).items())
-        dtype: DType = "float32" if checkpoint.dtype == "float32" else "bfloat16"
-        save.write(out / MODEL, checkpoint.model, tensors, checkpoint.path, dtype=dtype)
-        shutil.rmtree(out / STATE, ignore_errors=True)
+                learner.save(out, step)
+    learner.write(out)
     accelerator.wait_for_everyone()
     return out / MODEL
 
 
 @torch.no_grad()
-def evaluate(trainee: nn.Module, questions: VideoQuestions, settings: Settings) -> Evaluation:
-    """Return how a model does on questions, with its own latents, the right answer so far being given."""
-    module: Any = trainee
+def evaluate(trainee: Trainee, questions: VideoQuestions, settings: Settings) -> Evaluation:
+    """Return how a model does on questions, with its own latents, the right answer so far being given.
+
+    Processes share the questions and all return the result of all; every process must call this.
+    """
     trainee.eval()
-    total = right = count = 0.0
-    latent = module.cfg.latent
+    latent = trainee.cfg.latent
     plain = Draw(latent.rounds if latent else 1, False)
-    for batch in loader(questions, settings.batch_size):
-        step = trainee(batch, plain)
-        total += float(step.loss.cross_entropy) * len(step.right)
-        right += float(step.right.sum())
-        count += len(step.right)
+    device = next(trainee.parameters()).device
+    indices, count = order.held_out(len(questions), settings.batch_size)
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for number, batch in enumerate(loader(questions, settings.batch_size, sampler=indices)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            step = trainee(batch.to(device), plain)
+        if number < count:
+            labels = float((batch.labels[:, 1:] != IGNORED).sum())
+            found = [float(step.loss.cross_entropy) * labels, labels, float(step.right.sum()), len(step.right)]
+            sums += torch.tensor(found, dtype=torch.float64, device=device)
+    loss, labels, right, samples = sharding.total(sums).tolist()
     trainee.train()
-    return Evaluation(total / count, right / count)
+    return Evaluation(loss / labels, right / samples)
+
+
+def _on_cpu() -> bool:
+    """Whether there is no GPU: accelerate must be told, or it starts no group for processes on CPUs."""
+    return not torch.accelerator.is_available()
 
 
 def _dataset(
-    rows: tuple[triplets.Triplet, ...], checkpoint: Checkpoint, settings: Settings, out: Path
-) -> VideoQuestions:
-    return VideoQuestions(rows, checkpoint.path, checkpoint.model, settings.system, out / FRAMES)
-
-
-def _model(checkpoint: Checkpoint, settings: Settings) -> registry.VideoLatent:
-    """Load the weights in fp32 and mark those that are trained."""
-    model = registry.build(checkpoint.model)
-    registry.load(model, checkpoint.weight)
-    model.requires_grad_(True)
-    model.visual.requires_grad_(settings.train_vision)
-    model.model.checkpointing = settings.gradient_checkpointing
-    if settings.lora is not None:
-        model.model.requires_grad_(False)
-        model.lm_head.requires_grad_(False)
-        _adapt(model, settings.lora, settings.seed)
-    return model
-
-
-def _adapt(model: registry.VideoLatent, lora: Lora, seed: int) -> None:
-    """Put adapters on the decoder's linear layers, in place."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    torch.manual_seed(seed)
-    adapters = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=LORA_TARGETS)
-    inject_adapter_in_model(adapters, model.model.layers)
-
-
-def _groups(trainee: Trainee, settings: Settings) -> list[dict[str, Any]]:
-    """Return parameter groups: matrices decay, others do not; the injection module may have a rate of its own."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in trainee.named_parameters():
-        if parameter.requires_grad:
-            key = ("latent_injection." in name, parameter.dim() >= 2)
-            groups.setdefault(key, []).append(parameter)
-    rate = settings.injection_learning_rate or settings.learning_rate
-    return [
-        {
-            "params": parameters,
-            "weight_decay": settings.weight_decay if decays else 0.0,
-            "peak": rate if is_injection else settings.learning_rate,
-        }
-        for (is_injection, decays), parameters in groups.items()
-    ]
-
-
-def _schedule(optimizer: Any, settings: Settings, step: int) -> None:
-    """Set the learning rates of a step: linear warm-up, then a cosine down to FINAL_SHARE."""
-    if step < settings.warmup:
-        share = (step + 1) / settings.warmup
-    else:
-        done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-        share = FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * done))
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
-
-
-def _step(
-    accelerator: Accelerator,
-    trainee: nn.Module,
-    optimizer: Any,
-    batches: Iterator[Batch],
+    rows: tuple[triplets.Triplet, ...],
+    checkpoint: Checkpoint,
     settings: Settings,
-    drawn: Draw,
-    bad: triplets.BadRows,
-) -> dict[str, float]:
-    """Run one optimizer step; return its losses and gradient norm, averaged over its forward passes."""
-    sums: dict[str, Tensor] = {}
-    for _ in range(settings.accumulation):
-        batch = next(batches)
-        bad.add(batch.bad)
-        step = trainee(batch.to(accelerator.device), drawn)
-        accelerator.backward(step.loss.total / settings.accumulation)
-        for name, value in (*vars(step.loss).items(), ("exact", step.right.float().mean())):
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach().float().cpu() / settings.accumulation
-    norm = accelerator.clip_grad_norm_([p for p in trainee.parameters() if p.requires_grad], settings.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    measured = {name: float(value) for name, value in sums.items()}
-    if not math.isfinite(measured["total"]):
-        raise ConfigError(f"the loss is {measured['total']}; use a lower learning_rate, or precision fp32")
-    return measured | {"grad_norm": float(norm), "learning_rate": optimizer.param_groups[0]["lr"]}
-
-
-def _batches(questions: VideoQuestions, settings: Settings, step: int, accelerator: Accelerator) -> Iterator[Batch]:
-    """Yield this process's batches without end, from the one that optimizer step `step` begins with."""
-    order = _Order(
-        len(questions),
-        settings.batch_size,
-        settings.seed,
-        step * settings.accumulation,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    yield from loader(questions, settings.batch_size, sampler=order, num_workers=settings.workers)
-
-
-class _Order(Sampler[int]):
-    """Indices without end: each epoch a permutation of its own, batches in turn over processes."""
-
-    def __init__(self, size: int, batch_size: int, seed: int, first: int, process: int, num_processes: int) -> None:
-        self._size, self._batch, self._seed, self._first = size, batch_size, seed, first
-        self._process, self._processes = process, num_processes
-
-    def __iter__(self) -> Iterator[int]:
-        number = self._first
-        while True:
-            start = (number * self._processes + self._process) * self._batch
-            yield from (self._at(start + i) for i in range(self._batch))
-            number += 1
-
-    def _at(self, place: int) -> int:
-        epoch, offset = divmod(place, self._size)
-        return self._permutation(epoch)[offset]
-
-    def _permutation(self, epoch: int) -> list[int]:
-        if getattr(self, "_epoch", None) != epoch:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(self._size, generator=generator).tolist()
-        return self._order
-
-
-def _claim(out: Path, run: dict[str, Any]) -> None:
-    """Make the directory of a run, or refuse one that belongs to another."""
-    file = out / SETTINGS
-    text = json.dumps(run, indent=1, sort_keys=True) + "\n"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if file.is_file():
-            if file.read_text(encoding="utf-8") != text:
-                raise ConfigError(f"{out} holds a run with other settings; pass another -o, or the same settings")
-        elif any(out.iterdir()):
-            raise ConfigError(f"{out} is not empty and holds no run; accepted: a new path, or a run to go on with")
-        else:
-            file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error.strerror}") from error
-
-
-def _save_state(accelerator: Accelerator, out: Path, step: int) -> None:
-    """Save what a run goes on from, in place of the state before, whole or not at all."""
-    part, old = out / f".{STATE}.part", out / f".{STATE}.old"
-    for path in (part, old):
-        shutil.rmtree(path, ignore_errors=True)
-    accelerator.save_state(str(part))
-    if accelerator.is_main_process:
-        (part / "step").write_text(str(step), encoding="utf-8")
-        if (out / STATE).is_dir():
-            os.rename(out / STATE, old)
-        os.rename(part, out / STATE)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
-
-
-def _resume(accelerator: Accelerator, out: Path) -> int:
-    """Load the newest state, if there is one; return the steps done."""
-    for name in (STATE, f".{STATE}.old"):  # the old one: killed between two renames
-        if (out / name / "step").is_file():
-            accelerator.load_state(str(out / name))
-            return int((out / name / "step").read_text(encoding="utf-8"))
-    return 0
-
-
-@contextlib.contextmanager
-def _log(out: Path, step: int) -> Iterator[Callable[[int, dict[str, float]], None]]:
-    """Give a function that logs a step to metrics.jsonl and TensorBoard; lines of steps that are done again go."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    path = out / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines()[:step] if path.is_file() else []
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file, SummaryWriter(str(out / "logs"), purge_step=step + 1) as board:
-
-        def log(step: int, measured: dict[str, float]) -> None:
-            file.write(json.dumps({"step": step, **measured}) + "\n")
-            file.flush()
-            for name, value in measured.items():
-                board.add_scalar(name, value, step)
-
-        yield log
+    out: Path,
+    *,
+    tells_answer: bool = False,
+) -> VideoQuestions:
+    frames = out / FRAMES
+    return VideoQuestions(rows, checkpoint.path, checkpoint.model, settings.system, frames, tells_answer=tells_answer)

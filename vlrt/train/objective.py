@@ -5,6 +5,7 @@ Knows tensors; no model, no data and no schedule. Targets never carry gradient.
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,8 @@ class Weights:
     diversity: float = 0.05
 
 
-@dataclass(frozen=True)
-class Loss:
-    """The loss of a batch and its terms, each a scalar."""
+class Loss(NamedTuple):
+    """The loss of a batch and its terms, each a scalar. A tuple, so that wrappers of modules find its tensors."""
 
     total: Tensor
     cross_entropy: Tensor

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vlrt import config, latent, ops, positions
-from vlrt.models.latent_injection import LatentInjection
 from vlrt.models.registry import VideoLatent
 
 
@@ -68,7 +67,7 @@ class BatchSteps:
         self._model = model
         self._decoder = model.cfg.decoder
         self._attend = GrowingAttention(self._decoder.num_layers)
-        self._memories = None if pooled is None else [self._injection().memory(p[None]) for p in pooled]
+        self._memories = None if pooled is None else memories(model, pooled)
         size = embeds.shape[1]
         steps = torch.arange(size, device=embeds.device)
         self._valid = steps < torch.tensor(lengths, device=embeds.device)[:, None]  # [B, slots]
@@ -110,18 +109,27 @@ class BatchSteps:
         hidden: Tensor = self._model.model(embeds, self._attend)
         return hidden
 
-    def _injection(self) -> LatentInjection:
-        assert self._model.latent_injection is not None
-        return self._model.latent_injection
+
+def memories(model: VideoLatent, pooled: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return what the injection looks up of each sample's video: pooled [T_v, C] to keys and values [1, T_v, C]."""
+    assert model.latent_injection is not None
+    with torch.autocast(pooled[0].device.type, enabled=False):
+        return [model.latent_injection.memory(p[None]) for p in pooled]
 
 
 def inject(model: VideoLatent, hidden: Tensor, memories: Sequence[tuple[Tensor, Tensor]] | None) -> Tensor:
-    """Map hidden states [B, L, C] to latents [B, L, C]; memories per sample, as their videos differ in length."""
-    assert model.latent_injection is not None
-    if memories is None:
-        out: Tensor = model.latent_injection(hidden)
-        return out
-    return torch.cat([model.latent_injection(h[None], m) for h, m in zip(hidden, memories, strict=True)])
+    """Map hidden states [B, L, C] to latents [B, L, C]; memories per sample, as their videos differ in length.
+
+    In the dtype of the weights, whatever the precision: the module is small, and its backward recomputes it.
+    """
+    injection = model.latent_injection
+    assert injection is not None
+    with torch.autocast(hidden.device.type, enabled=False):
+        hidden = hidden.to(model.model.norm.weight.dtype)
+        if memories is None:
+            out: Tensor = injection(hidden)
+            return out
+        return torch.cat([injection(h[None], m) for h, m in zip(hidden, memories, strict=True)])
 
 
 def roll_out(model: VideoLatent, steps: BatchSteps, plan: config.Latent) -> Tensor:

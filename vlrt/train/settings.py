@@ -1,5 +1,6 @@
 """Every setting of a training run, from flags or a YAML file. Knows ranges, nothing else."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from vlrt import config
 from vlrt.errors import ConfigError
 from vlrt.train.data import System
 
+Teacher = Literal["none", "ema"]
 Bptt = Literal["0", "1", "full"]
 Precision = Literal["fp32", "bf16"]
 
@@ -23,6 +25,9 @@ class Objective:
         uniform_targets: weigh the tokens of a part equally instead of by their likeness to the question.
         bottleneck: share of steps in which the answer may not look at the video.
         bptt: gradient through the rollout: "0" none, "1" its last step, "full" all of it.
+        teacher: where the targets come from: "none" the parts of the video, "ema" the latents of a slow copy of the
+            trained weights, which is told the right answer.
+        teacher_decay: d of the slow copy, `w' <- d w' + (1 - d) w` after each step.
     """
 
     alignment: float = 0.1
@@ -30,12 +35,15 @@ class Objective:
     uniform_targets: bool = False
     bottleneck: float = 0.3
     bptt: Bptt = "0"
+    teacher: Teacher = "none"
+    teacher_decay: float = 0.99
 
     def __post_init__(self) -> None:
         """Refuse weights and shares out of range."""
         for name in ("alignment", "diversity"):
             _within(f"objective.{name}", getattr(self, name), 0, 1e6)
         _within("objective.bottleneck", self.bottleneck, 0, 1)
+        _within("objective.teacher_decay", self.teacher_decay, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Settings:
         system: what is trained: latents, the answer alone, a written chain, or L plain tokens without feedback.
         steps: optimizer steps.
         batch_size: samples per device and forward pass.
-        accumulation: forward passes per optimizer step.
+        accumulation: forward passes per optimizer step; it changes nothing but memory: the loss is that of one batch.
         learning_rate: peak of a cosine schedule that ends at a tenth of it.
         injection_learning_rate: the same for the latent injection module; None: as the rest.
         warmup: optimizer steps of linear warm-up.
@@ -72,6 +80,8 @@ class Settings:
         train_vision: also train the vision tower; else its video tokens are computed once and kept.
         gradient_checkpointing: recompute each decoder layer in the backward pass.
         min_rounds: of the parallel rollout, drawn per step from here to the config's R; None: always R.
+        min_latents: drawn per step, for all samples alike, from here to the config's L; None: always L.
+        rollouts: drawn per step from these; None: always the config's.
         objective: terms of the loss beside the cross-entropy.
         seed: of everything drawn.
         eval_every: steps between evaluations; 0: only at the end.
@@ -94,6 +104,8 @@ class Settings:
     train_vision: bool = False
     gradient_checkpointing: bool = False
     min_rounds: int | None = None
+    min_latents: int | None = None
+    rollouts: tuple[config.Rollout, ...] | None = None
     objective: Objective = field(default_factory=Objective)
     seed: int = 0
     eval_every: int = 0
@@ -118,6 +130,11 @@ class Settings:
             ("max_bad_rows", 0, 1e9),
         ):
             _within(name, getattr(self, name), low, high)
+        for name in ("min_rounds", "min_latents"):
+            if getattr(self, name) is not None:
+                _within(name, getattr(self, name), 1, 1024)
+        if self.rollouts is not None and not self.rollouts:
+            raise ConfigError("rollouts is empty; accepted: recurrent, parallel, or both")
         if self.gradient_checkpointing and self.objective.bptt == "full":
             raise ConfigError("gradient_checkpointing recomputes layers, which the rollout of bptt 'full' cannot redo")
 
@@ -150,8 +167,13 @@ def _yaml(path: Path | None, text: str) -> dict[str, Any]:
     """Read a file, or one value as {"value": ...}."""
     import yaml
 
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML ships no annotations
+        """YAML 1.2's numbers: to PyYAML, which follows 1.1, 1e-3 is a word."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), None)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {"value": yaml.safe_load(text)}
+        found = yaml.load(path.read_text(encoding="utf-8") if path else text, Loader)
+        values = found if path else {"value": found}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path or text!r} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
