@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.vlrt-setup
 JOBS ?= 2
 
-.PHONY: demo test lint format setup bench wheel-test clean
+.PHONY: demo test lint format setup reproduce bench wheel-test clean
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Trains and compares four ways to reason, and their ablations; many hours on two cores, and it goes on where it was.
+reproduce: setup
+	$(BIN)/python examples/reproduce.py reproduction
 
 bench: setup
 	$(BIN)/python -m benches.bench_stages
