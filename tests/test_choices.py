@@ -92,6 +92,14 @@ def test_long_choices_that_begin_alike_are_scored():
     assert backend.decoded[1:] == [1500]
 
 
+def test_choices_that_each_begin_the_next_are_scored():
+    """Catches a call per fork: a RecursionError beyond a thousand of them."""
+    backend = FakeBackend()
+    answers = [(*[10] * count, END) for count in range(1200)]
+    found = Writer(backend, a_context(backend), 1200).score(answers)
+    assert_close(np.exp(found).sum(), 1.0)
+
+
 def test_single_tokens_cost_no_step():
     """Catches a decoder step per choice where one state tells them all apart (A, B, C, D)."""
     found, backend, _, context = score([(10, END), (11, END), (12, END)])
@@ -109,13 +117,29 @@ def test_one_choice_is_certain():
 
 @pytest.mark.parametrize(
     "given",
-    [["yes"], "yes", ["yes", "yes"], ["yes", ""], ["yes", 1], ["caf\u00e9", "cafe\u0301"]],  # the last: equal tokens
+    [
+        ["yes"],
+        "yes",
+        ["yes", "yes"],
+        ["yes", ""],
+        ["yes", 1],
+        ["yes", ["no"]],
+        5,
+        ["caf\u00e9", "cafe\u0301"],
+    ],
 )
 def test_choices_that_cannot_be_told_apart_are_refused(given, tiny_path):
-    """Catches an IndexError deep in the tree of tokens, where no fork ever parts two choices."""
+    """Catches an IndexError deep in the tree of tokens, where no fork ever parts two choices (the last: equal tokens)."""
     runtime = Runtime(FakeBackend(), Tokenizer.open(tiny_path))
     with pytest.raises(ConfigError, match=r"choices are .* accepted: "):
         runtime.ask(None, "which?", choices=given, reasoning="direct")
+
+
+def test_a_choice_that_no_tokenizer_takes_is_refused(tiny_path):
+    """Catches a TypeError of the tokenizer: on a command line any bytes may stand."""
+    runtime = Runtime(FakeBackend(), Tokenizer.open(tiny_path))
+    with pytest.raises(ConfigError, match="the choice is not valid Unicode"):
+        runtime.ask(None, "which?", choices=["yes", "\ud800"], reasoning="direct")
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import WIDTH, FakeBackend, fake_model
 from vlrt import generate, positions
-from vlrt.errors import ConfigError
+from vlrt.errors import BundleError, ConfigError
 from vlrt.generate import Writer
 from vlrt.prompt import Prompt, Span
 
@@ -138,6 +138,18 @@ def test_the_first_end_token_ends_the_answer():
     for end in free[1:]:
         writer = Writer(FakeBackend(), a_context(FakeBackend()), 9)
         assert list(writer.answer(max_tokens=9, min_tokens=0, eos=(383, end))) == free[: free.index(end)]
+
+
+def test_logits_that_are_no_numbers_are_no_answer(monkeypatch):
+    """Catches the first word of the vocabulary, over and over, as the answer of a model that overflowed."""
+    backend = FakeBackend()
+    writer = Writer(backend, a_context(backend), 4)
+    monkeypatch.setattr(backend, "logits", lambda hidden: np.full((1, 384), np.nan, np.float32))
+    with pytest.raises(BundleError, match="computes NaN"):
+        next(writer.answer(max_tokens=4, min_tokens=0, eos=(2,)))
+    monkeypatch.setattr(backend, "row_logits", lambda hidden, ids: np.full(len(ids), np.nan, np.float32))
+    with pytest.raises(BundleError, match="computes NaN"):
+        writer.score([(10, 2), (11, 2)])
 
 
 @pytest.mark.parametrize("min_tokens", range(6))

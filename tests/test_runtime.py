@@ -407,6 +407,7 @@ def test_latents_of_another_video_change_the_answer_s_odds(opened):
         ({"latents": "none"}, "accepted with 'latent'"),
         ({"latents": np.zeros((4, 127), np.float32)}, r"\(4, 127\)"),
         ({"latents": np.zeros(128, np.float32)}, r"array \[L, 128\]"),
+        ({"latents": np.full((4, 128), np.nan, np.float32)}, "of finite numbers"),
         ({"latents": "noise", "reasoning": "direct"}, "with reasoning 'direct'"),
         ({"max_tokens": 5000}, "positions"),
         ({"latents": np.zeros((2000, 128), np.float32)}, "positions"),

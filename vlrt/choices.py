@@ -41,26 +41,27 @@ def log_probabilities(
         stepper: the sequence; it is left as it was.
         row_logits: logits of the given ids alone.
     """
-    scores = [0.0] * len(choices)
-
-    def descend(hidden: Array, members: list[int], depth: int) -> None:
-        if len(members) == 1:
-            return
-        stem = _shared([choices[member][depth:] for member in members])
-        hidden = stepper.feed_tokens(stem)[-1:] if stem else hidden
-        depth += len(stem)
+    scores, fed = [0.0] * len(choices), 0
+    # What is still to be told apart: a state, the choices that go on from it, the number of their tokens before it.
+    todo = [(hidden, list(range(len(choices))), 0)] if len(choices) > 1 else []
+    while todo:
+        hidden, members, depth = todo.pop()
+        if fed > depth:
+            stepper.rewind(fed - depth)
+        if stem := _shared([choices[member][depth:] for member in members]):
+            hidden = stepper.feed_tokens(stem)[-1:]
+        fed = depth + len(stem)
         forks: dict[int, list[int]] = {}
         for member in members:
-            forks.setdefault(choices[member][depth], []).append(member)
+            forks.setdefault(choices[member][fed], []).append(member)
         gains = _log_softmax(row_logits(hidden, np.array(list(forks), np.int64)))
         for group, gain in zip(forks.values(), gains, strict=True):
             for member in group:
                 scores[member] += float(gain)
-            descend(hidden, group, depth)
-        if stem:
-            stepper.rewind(len(stem))
-
-    descend(hidden, list(range(len(choices))), 0)
+            if len(group) > 1:
+                todo.append((hidden, group, fed))
+    if fed:
+        stepper.rewind(fed)
     return scores
 
 

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from vlrt import choices, config, latent, positions, prompt
 from vlrt.backends.base import Array, Backend
-from vlrt.errors import ConfigError
+from vlrt.errors import BundleError, ConfigError
 
 Replace = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
+_NO_NUMBERS = "the model computes NaN here, so that its answer would mean nothing; export the bundle again, or report the checkpoint"
 PREFILL_CHUNK = 512  # positions per decoder pass: bounds the attention scores that a pass holds
 
 
@@ -146,13 +147,18 @@ class Writer:
             max_tokens: end after so many.
             min_tokens: until there are so many, an end token is not taken.
             eos: ids that end the answer.
+
+        Raises:
+            BundleError: the model computes no numbers.
         """
         for count in range(max_tokens):
             logits = self._backend.logits(self._settle([]))[0]
             if count < min_tokens:
                 logits = logits.copy()
                 logits[list(eos)] = -np.inf
-            token_id = int(logits.argmax())
+            token_id = int(logits.argmax())  # of the first NaN, where there is one
+            if np.isnan(logits[token_id]):
+                raise BundleError(_NO_NUMBERS)
             if token_id in eos:
                 return
             self._pending = [token_id]
@@ -168,8 +174,14 @@ class Writer:
         Args:
             answers: ids of each, ending in an end token.
             lead: ids to append before the answer.
+
+        Raises:
+            BundleError: the model computes no numbers.
         """
-        return choices.log_probabilities(answers, self._settle(lead), self, self._backend.row_logits)
+        scores = choices.log_probabilities(answers, self._settle(lead), self, self._backend.row_logits)
+        if np.isnan(scores).any():
+            raise BundleError(_NO_NUMBERS)
+        return scores
 
     def _settle(self, more: Sequence[int]) -> Array:
         """Feed what was answered but not fed yet, and `more`; return the last hidden state [1, C]."""

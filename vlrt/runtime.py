@@ -4,7 +4,7 @@ The one place where all stages meet. Knows no engine from within: `backends` run
 """
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -98,8 +98,8 @@ class Runtime:
             reasoning: "latent", "direct" or "cot"; None: "latent" where the model has latents, else "direct".
             max_tokens: end the answer (a chain of thought included) after so many; None: 128, or 1,024 for "cot".
             min_tokens: do not end it before so many.
-            num_frames: sample so many frames; None: the bundle's setting.
-            fps: sample so many frames per second; None: the bundle's setting.
+            num_frames: sample so many frames; None: the bundle's setting. Frames are taken as they are.
+            fps: sample so many frames per second; None: the bundle's setting. Frames are taken as they are.
             latents: for ablations: [L, C] float32 to inject in place of the model's own (L may be 0), or "dummy" or
                 "noise" (`latent.ablate`).
 
@@ -169,11 +169,13 @@ class Runtime:
                 f"max_tokens is {most} and min_tokens {min_tokens}; accepted: whole numbers, max_tokens of 1 or more, "
                 "min_tokens from 0 to max_tokens"
             )
-        given = tuple(choices) if choices is not None else ()
-        if isinstance(choices, str) or (choices is not None and len(given) < 2):
+        given = tuple(choices) if isinstance(choices, Iterable) and not isinstance(choices, str) else ()
+        if choices is not None and len(given) < 2:
             raise ConfigError(f"choices are {choices!r}; accepted: a list of two or more answers")
-        if len(set(given)) < len(given) or not all(isinstance(c, str) and c for c in given):
+        if not all(isinstance(c, str) and c for c in given) or len(set(given)) < len(given):
             raise ConfigError(f"choices are {list(given)!r}; accepted: different answers, none of them empty")
+        for choice in given:
+            prompt.check_text("choice", choice)
         closing = self.tokenizer.encode(ANSWER_END) if how == "cot" else []
         ids = tuple((*self.tokenizer.encode(c), *closing, self.model.tokens.eos_token_ids[0]) for c in given)
         if len(set(ids)) < len(ids):
@@ -186,10 +188,10 @@ class Runtime:
         width = self.model.decoder.hidden_size
         named = isinstance(latents, str) and latents in ABLATIONS and latents != "shuffled"
         shaped = isinstance(latents, np.ndarray) and latents.ndim == 2 and latents.shape[1] == width
-        if how != "latent" or not (named or shaped):
+        if how != "latent" or not (named or (shaped and latents.dtype.kind in "fiu" and np.isfinite(latents).all())):
             raise ConfigError(
                 f"latents are {getattr(latents, 'shape', latents)!r} with reasoning {how!r}; accepted with 'latent': "
-                f"an array [L, {width}], 'dummy' or 'noise'"
+                f"an array [L, {width}] of finite numbers, 'dummy' or 'noise'"
             )
         return latents if named else np.asarray(latents, np.float32)
 
