@@ -125,11 +125,11 @@ def test_one_choice_is_certain():
         ["yes", 1],
         ["yes", ["no"]],
         5,
-        ["caf\u00e9", "cafe\u0301"],
+        ["caf\u00e9", "cafe\u0301"],  # equal tokens
     ],
 )
 def test_choices_that_cannot_be_told_apart_are_refused(given, tiny_path):
-    """Catches an IndexError deep in the tree of tokens, where no fork ever parts two choices (the last: equal tokens)."""
+    """Catches an IndexError deep in the tree of tokens, where no fork ever parts two choices."""
     runtime = Runtime(FakeBackend(), Tokenizer.open(tiny_path))
     with pytest.raises(ConfigError, match=r"choices are .* accepted: "):
         runtime.ask(None, "which?", choices=given, reasoning="direct")

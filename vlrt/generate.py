@@ -16,7 +16,7 @@ from vlrt.errors import BundleError, ConfigError
 
 Replace = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
-_NO_NUMBERS = "the model computes NaN here, so that its answer would mean nothing; export the bundle again, or report the checkpoint"
+_NO_NUMBERS = "the model computes NaN here: its answer would mean nothing; export it again, or report the checkpoint"
 PREFILL_CHUNK = 512  # positions per decoder pass: bounds the attention scores that a pass holds
 
 
