@@ -143,9 +143,9 @@ def test_a_run_with_a_teacher_goes_on_as_if_never_stopped(checkpoint, rows, tmp_
 
 def test_a_teacher_copies_what_is_trained_alone(checkpoint):
     """Catches a second copy of frozen weights."""
-    from accelerate import Accelerator
+    from accelerate import PartialState
 
     chosen = replace(TAUGHT, lora=Lora(rank=2, alpha=4))
-    copied = learner.Learner(checkpoint, chosen, Accelerator(cpu=True))._teacher.slow
+    copied = learner.Learner(checkpoint, chosen, PartialState(cpu=True))._teacher.slow
     assert all("lora_" in name or "latent_injection" in name for name in copied)
     assert any("lora_" in name for name in copied)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from vlrt.checkpoint import Checkpoint, expected_tensors
@@ -28,10 +28,10 @@ FINAL_SHARE = 0.1  # of the learning rate's peak, at the end of the cosine
 class Learner:
     """A model, its optimizer and its teacher, in this process's share of them."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, accelerator: Accelerator) -> None:
-        self._checkpoint, self._settings, self._accelerator = checkpoint, settings, accelerator
-        self.trainee = Trainee(build(checkpoint, settings), settings).to(accelerator.device)
-        sharding.shard(self.trainee, accelerator.device)
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, processes: PartialState) -> None:
+        self._checkpoint, self._settings, self._processes = checkpoint, settings, processes
+        self.trainee = Trainee(build(checkpoint, settings), settings).to(processes.device)
+        sharding.shard(self.trainee, processes.device)
         self._trained = {name: p for name, p in self.trainee.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(groups(self._trained, settings), lr=settings.learning_rate)
         self._teacher = Teacher(self._trained, settings.objective.teacher_decay) if has_teacher(settings) else None
@@ -45,7 +45,7 @@ class Learner:
         Raises:
             ConfigError: the loss or its gradient is no number; the weights are as before.
         """
-        settings, device = self._settings, self._accelerator.device
+        settings, device = self._settings, self._processes.device
         schedule(self._optimizer, settings, step)
         drawn = draw(settings, self._checkpoint.model.latent, step)
         given = [next(batches) for _ in range(settings.accumulation)]
@@ -60,7 +60,7 @@ class Learner:
         for i, (part, share) in enumerate(zip(parts, shares, strict=True)):
             if settings.lora is not None and settings.lora.dropout:
                 torch.manual_seed((settings.seed * 1_000_003 + step) * count + sharding.processes()[0] * len(parts) + i)
-            with self._accelerator.autocast():
+            with autocast(settings, device):
                 found, right = self.trainee(part, drawn, aims[i])
             found = found._replace(
                 total=found.total + (share - 1) * found.cross_entropy, cross_entropy=share * found.cross_entropy
@@ -87,9 +87,9 @@ class Learner:
         tensors = {}
         for name, tensor in self._state():
             gathered = sharding.whole(tensor)
-            if self._accelerator.is_main_process:
+            if self._processes.is_main_process:
                 tensors[name] = gathered
-        if self._accelerator.is_main_process:
+        if self._processes.is_main_process:
             run_directory.save_state(out, step, tensors)
 
     def load(self, out: Path) -> int:
@@ -111,7 +111,7 @@ class Learner:
     def write(self, out: Path) -> None:
         """Write the trained checkpoint, by the main process; every process must call this."""
         state = {name: sharding.whole(p) for name, p in self._trained.items()}
-        if not self._accelerator.is_main_process:
+        if not self._processes.is_main_process:
             return
         model = self.trainee.model
         if sharding.processes()[1] > 1:
@@ -132,7 +132,7 @@ class Learner:
         """Return what the teacher sees in the latents of each batch."""
         if self._teacher is None:
             return [None] * len(parts)
-        with self._teacher.in_place(), self._accelerator.autocast():
+        with self._teacher.in_place(), autocast(self._settings, self._processes.device):
             return [self.trainee.roll_out_told(part, drawn) for part in parts]
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
@@ -142,6 +142,11 @@ class Learner:
                 yield f"optimizer/{name}/{key}", value
             if self._teacher is not None:
                 yield f"teacher/{name}", self._teacher.slow[name]
+
+
+def autocast(settings: Settings, device: torch.device) -> torch.autocast:
+    """Return the context of a forward pass: matrix products in bf16 where the settings say so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
 
 def has_teacher(settings: Settings) -> bool:

@@ -1,6 +1,6 @@
 """The training loop: triplets and a checkpoint in, a checkpoint out, going on after any interruption where it was.
 
-accelerate starts the processes and chooses device and precision. What is drawn depends on seed and step alone, and
+accelerate starts the processes and chooses the device. What is drawn depends on seed and step alone, and
 state is saved whole or not at all, so that a run that was killed ends as one that was not. Knows files and when things
 are done; `learner.py` does them.
 """
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 
 from vlrt.checkpoint import Checkpoint
 from vlrt.train import order, prepare, run_directory, sharding, triplets
 from vlrt.train.data import VideoQuestions, loader
-from vlrt.train.learner import Learner, has_teacher
+from vlrt.train.learner import Learner, autocast, has_teacher
 from vlrt.train.objective import IGNORED
 from vlrt.train.run_directory import FRAMES, METRICS, MODEL, SETTINGS, STATE
 from vlrt.train.settings import Settings
@@ -78,14 +78,13 @@ def train(
     """
     if (out / MODEL).is_dir():
         return out / MODEL
-    precision = "bf16" if settings.precision == "bf16" else "no"
-    accelerator = Accelerator(cpu=_on_cpu(), mixed_precision=precision)
+    processes = PartialState(cpu=_on_cpu())
     checkpoint = Checkpoint.open(checkpoint_path)
     check(settings, checkpoint.model.latent)
     run = {"settings": asdict(settings), "checkpoint": str(checkpoint_path), "data": str(data)}
-    if accelerator.is_main_process:
-        run_directory.claim(out, run | {"processes": accelerator.num_processes})
-    accelerator.wait_for_everyone()
+    if processes.is_main_process:
+        run_directory.claim(out, run | {"processes": processes.num_processes})
+    processes.wait_for_everyone()
     found = triplets.read(data, max_bad_rows=settings.max_bad_rows)
     bad = triplets.BadRows(data, settings.max_bad_rows)
     bad.add(found.bad)
@@ -93,10 +92,10 @@ def train(
     held_out = None
     if validation is not None:
         held_out = _dataset(triplets.read(validation).rows, checkpoint, settings, out)
-    learner = Learner(checkpoint, settings, accelerator)
+    learner = Learner(checkpoint, settings, processes)
     step = learner.load(out)
     batches = order.batches(questions, settings, step)
-    with run_directory.log(out, step) if accelerator.is_main_process else contextlib.nullcontext() as log:
+    with run_directory.log(out, step) if processes.is_main_process else contextlib.nullcontext() as log:
         while step < settings.steps:
             measured = learner.step(step, batches, bad)
             step += 1
@@ -111,7 +110,7 @@ def train(
             if not last and step % settings.save_every == 0:
                 learner.save(out, step)
     learner.write(out)
-    accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     return out / MODEL
 
 
@@ -128,7 +127,7 @@ def evaluate(trainee: Trainee, questions: VideoQuestions, settings: Settings) ->
     indices, count = order.held_out(len(questions), settings.batch_size)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     for number, batch in enumerate(loader(questions, settings.batch_size, sampler=indices)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        with autocast(settings, device):
             step = trainee(batch.to(device), plain)
         if number < count:
             labels = float((batch.labels[:, 1:] != IGNORED).sum())

@@ -1,0 +1,224 @@
+"""What is drawn for a step and what it computes then: fewer latents, other rollouts, ends of latents, bf16."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.closeness import assert_close
+from tests.training import QUICK, SMALL, metrics, write_triplets
+from vlrt import config, prompt
+from vlrt.errors import ConfigError
+from vlrt.preprocess import Patches
+from vlrt.train import data, learner, loop, objective, triplets
+from vlrt.train.batch import collate, shorten
+from vlrt.train.data import VideoQuestions
+from vlrt.train.objective import IGNORED
+from vlrt.train.settings import Objective
+from vlrt.train.system import Draw, Trainee, check, draw
+
+PARALLEL = {"num_latents": 3, "num_heads": 4, "rollout": "parallel", "rounds": 3}
+ENDING = {"num_latents": 3, "num_heads": 4, "stop": "end_token"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_triplets(tmp_path_factory.mktemp("triplets"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_checkpoint):
+    return make_checkpoint(**SMALL)
+
+
+def encode(checkpoint, question, model=None, *, answer="no"):
+    row = triplets.Triplet(1, 1, Path("a.mp4"), question, answer)
+    patches = Patches(np.zeros((32, 1176), np.float32), (2, 4, 4), 1.0, False)
+    tokenizer = prompt.Tokenizer.open(checkpoint.path)
+    return data.encode(row, patches, tokenizer, model or checkpoint.model, "latent", tells_answer=True)
+
+
+def a_batch(checkpoint, rows, folder):
+    found = triplets.read(rows).rows
+    questions = VideoQuestions(found, checkpoint.path, checkpoint.model, "latent", folder / "frames")
+    return collate([questions[0], questions[1]])
+
+
+# --- drawn --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", ["fixed", "end_token"])
+def test_a_shortened_batch_is_that_of_a_model_with_fewer_latents(checkpoint, stop):
+    """Catches positions, labels or ranges that still count the slots that went, and padding that moved."""
+    latent = replace(checkpoint.model.latent, stop=stop)
+    model = replace(checkpoint.model, latent=latent)
+    fewer = replace(model, latent=replace(latent, num_latents=1))
+    asked = ("Which?", "Which of all these ways?")
+    batch = collate([encode(checkpoint, question, model) for question in asked])
+    ref = collate([encode(checkpoint, question, fewer) for question in asked])
+    out = shorten(batch, 1)
+    for field in fields(ref):
+        value = getattr(ref, field.name)
+        same = torch.equal(value, getattr(out, field.name)) if torch.is_tensor(value) else True
+        assert same, field.name
+    assert shorten(batch, 3) is batch
+
+
+def test_latents_rounds_and_rollouts_are_drawn_from_their_ranges(checkpoint):
+    """Catches a range that is never used up, more rounds than latents, and draws that shift other draws."""
+    plan = config.Latent(**{**vars(checkpoint.model.latent), **PARALLEL, "num_latents": 4, "rounds": 3})
+    chosen = replace(QUICK, min_latents=2, min_rounds=1, rollouts=("recurrent", "parallel"))
+    found = [draw(chosen, plan, step) for step in range(300)]
+    assert found == [draw(chosen, plan, step) for step in range(300)]
+    assert {d.num_latents for d in found} == {2, 3, 4}
+    assert {d.rounds for d in found} == {1, 2, 3}
+    assert all(d.rounds <= d.num_latents for d in found)
+    assert {d.rollout for d in found} == {"recurrent", "parallel"}
+    fixed = [draw(replace(QUICK, min_rounds=1), plan, step) for step in range(300)]
+    assert {(d.num_latents, d.rollout) for d in fixed} == {(4, "parallel")}
+    assert [d.hides_video for d in fixed] == [d.hides_video for d in found]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"min_latents": 4}, "min_latents is 4; accepted: at most the model's 3"),
+        ({"min_rounds": 2}, "min_rounds is 2"),
+        ({"rollouts": ("parallel",)}, "no queries"),
+    ],
+)
+def test_ranges_that_the_model_does_not_have_are_refused(checkpoint, given, words):
+    with pytest.raises(ConfigError, match=words):
+        check(replace(QUICK, **given), checkpoint.model.latent)
+
+
+@pytest.mark.parametrize("given", [{"min_latents": 0}, {"min_rounds": 0}, {"rollouts": ()}])
+def test_ranges_that_no_model_has_are_refused(given):
+    with pytest.raises(ConfigError, match=next(iter(given))):
+        replace(QUICK, **given)
+
+
+def test_as_many_rounds_as_latents_are_the_recurrent_rollout(make_checkpoint, rows, tmp_path):
+    """Catches a drawn rollout that is not run, and slots that do not fit the latents that were drawn."""
+    checkpoint = make_checkpoint(**{**SMALL, "latent": PARALLEL})
+    batch = shorten(a_batch(checkpoint, rows, tmp_path), 2)
+    trainee = Trainee(learner.build(checkpoint, QUICK), QUICK)
+    with torch.no_grad():
+        losses = {
+            (kind, rounds): trainee(batch, Draw(rounds, False, 2, kind)).loss.total
+            for kind, rounds in (("recurrent", 1), ("parallel", 2), ("parallel", 1))
+        }
+    assert_close(losses["parallel", 2], losses["recurrent", 1])
+    assert losses["parallel", 1] != losses["parallel", 2]
+
+
+def test_a_run_draws_from_all_ranges(make_checkpoint, rows, tmp_path):
+    """Catches a draw that a step of the loop cannot follow."""
+    checkpoint = make_checkpoint(**{**SMALL, "latent": PARALLEL})
+    ranges = {"min_latents": 1, "min_rounds": 1, "rollouts": ("recurrent", "parallel")}
+    chosen = replace(QUICK, **ranges, objective=Objective(teacher="ema"))
+    loop.train(checkpoint.path, rows, tmp_path / "run", chosen)
+    assert np.isfinite(metrics(tmp_path / "run")).all()
+
+
+# --- ends ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_the_latents_is_predicted_where_the_model_stops_there(checkpoint):
+    """Catches an end that nothing is trained to predict, and slots before it that would predict it too."""
+    model = replace(checkpoint.model, latent=replace(checkpoint.model.latent, stop="end_token"))
+    sample = encode(checkpoint, "Which?", model)
+    plan, (first, last), (start, _) = model.latent, sample.slots, sample.answer
+    expected = [IGNORED, plan.pad_token_id, plan.pad_token_id, plan.end_token_id]
+    assert sample.labels[first : last + 1].tolist() == expected
+    assert (sample.labels[:first] == IGNORED).all()
+    assert torch.equal(sample.labels[start:], sample.ids[start:])
+    assert (encode(checkpoint, "Which?").labels[: sample.answer[0]] == IGNORED).all()
+
+
+def test_a_model_learns_when_its_latents_end(make_checkpoint, rows, tmp_path):
+    """Catches a label one token off: inference stops where the state of a slot predicts the end."""
+    checkpoint = make_checkpoint(**{**SMALL, "latent": ENDING})
+    chosen = replace(QUICK, steps=25, batch_size=4, save_every=100)
+    loop.train(checkpoint.path, rows, tmp_path / "run", chosen)
+    from vlrt.checkpoint import Checkpoint
+
+    trained = Checkpoint.open(tmp_path / "run" / loop.MODEL)
+    trainee = Trainee(learner.build(trained, chosen), chosen)
+    batch = a_batch(trained, rows, tmp_path)
+    seen = []
+
+    def see(logits, labels, *, given=objective.cross_entropy):
+        seen.append((logits.argmax(-1), labels))
+        return given(logits, labels)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(objective, "cross_entropy", see)
+        right = trainee(batch, Draw(1, False)).right
+    (found, labels) = seen[0]
+    plan = trained.model.latent
+    ends = torch.isin(labels, torch.tensor([plan.pad_token_id, plan.end_token_id]))
+    assert ends.sum() == 3 * len(batch.ids)
+    assert torch.equal(found[ends], labels[ends])
+    assert right.shape == (2,)
+
+
+# --- bf16 ---------------------------------------------------------------------------------------------------------
+
+
+def logits_and_latents(trainee, batch, drawn):
+    seen = {}
+
+    def see(logits, labels, *, given=objective.cross_entropy):
+        seen["logits"] = logits
+        return given(logits, labels)
+
+    def see_latents(ce, latents, aims, chosen, *, given=objective.combine):
+        seen["latents"] = latents
+        return given(ce, latents, aims, chosen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective, "cross_entropy", see)
+        patch.setattr(objective, "combine", see_latents)
+        loss = trainee(batch, drawn).loss.total
+    return loss, seen["logits"].detach(), seen["latents"].detach()
+
+
+@pytest.mark.parametrize("latent", [SMALL["latent"], PARALLEL], ids=["recurrent", "parallel"])
+def test_bf16_errs_no_more_than_a_model_wholly_in_bf16(make_checkpoint, rows, tmp_path, latent):
+    """Catches masks, positions or caches that autocast rounds, and a rollout in another precision than the pass."""
+    checkpoint = make_checkpoint(**{**SMALL, "latent": latent})
+    batch = a_batch(checkpoint, rows, tmp_path)
+    drawn = Draw(latent.get("rounds", 1), True)
+    trainee = {kind: Trainee(learner.build(checkpoint, QUICK), QUICK) for kind in ("fp32", "fp64", "bf16", "auto")}
+    trainee["fp64"].double()
+    trainee["bf16"].bfloat16()
+    found = {}
+    for kind, one in trainee.items():
+        if kind in ("fp64", "bf16"):  # the tower is frozen and in fp32 for all
+            dtype = one.model.lm_head.weight.dtype
+            one._kept = {row: tokens.to(dtype) for row, tokens in trainee["fp32"]._kept.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "auto"):
+            found[kind] = logits_and_latents(one, batch, drawn)
+    for out, exact, plain in zip(found["auto"][1:], found["fp64"][1:], found["bf16"][1:], strict=True):
+        assert_close(out.bfloat16(), exact, plain=plain.bfloat16())
+    loss = found["auto"][0]
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trainee["auto"].parameters())
+    for row, tokens in trainee["auto"]._kept.items():
+        assert torch.equal(tokens, trainee["fp32"]._kept[row])  # of a frozen tower, in fp32 whatever the precision
+
+
+@pytest.mark.parametrize("bptt", ["0", "1", "full"])
+def test_a_run_in_bf16_stays_close_to_one_in_fp32(checkpoint, rows, tmp_path, bptt):
+    """Catches a backward pass that autocast breaks. A step's loss differs by bf16's rounding of it, a few times."""
+    for precision in ("fp32", "bf16"):
+        chosen = replace(QUICK, steps=2, precision=precision, train_vision=True, objective=Objective(bptt=bptt))
+        loop.train(checkpoint.path, rows, tmp_path / precision, chosen)
+    out, ref = (torch.tensor(metrics(tmp_path / precision)[:1]) for precision in ("bf16", "fp32"))
+    assert_close(out.bfloat16(), ref)
+    assert np.isfinite(metrics(tmp_path / "bf16")).all()
+    assert metrics(tmp_path / "bf16") != metrics(tmp_path / "fp32")
