@@ -285,14 +285,17 @@ def test_ctrl_c_ends_quietly_with_130(room: Path) -> None:
     assert b"Traceback" not in complaint
 
 
-def test_ctrl_c_in_an_export_leaves_nothing_behind(room: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_export_that_is_stopped_leaves_nothing_behind(
+    room: Path, tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
     command = [VLRT, "export", str(room / "tiny"), "-o", "half.vlrt"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while process.poll() is None and not any(tmp_path.iterdir()):
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, complaint = process.communicate(timeout=60)
-    assert process.returncode == 130, complaint
+    assert process.returncode == code, complaint
     assert b"Traceback" not in complaint
     assert not any(tmp_path.iterdir())
 

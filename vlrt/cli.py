@@ -1,14 +1,16 @@
 """The `vlrt` command: one verb per function, each of which imports its part inside.
 
 Answers and tables go to stdout, progress, warnings and errors to stderr. Exit codes: 0; 1 for a VlrtError, which is one
-line on stderr; 2 for wrong usage; 130 after Ctrl-C; 141 when the reader of stdout has gone, quietly.
+line on stderr; 2 for wrong usage; 130 after Ctrl-C; 141 when the reader of stdout has gone, quietly; 143 after SIGTERM.
 """
 
 import argparse
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +20,15 @@ import vlrt
 from vlrt import arguments
 from vlrt.errors import BackendUnavailable, BundleError, VlrtError
 
-EXIT_ERROR, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE = 1, 130, 141
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code; wrong usage raises SystemExit(2)."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding does not
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # ends tidily: no half bundle stays behind
     warnings.showwarning = lambda message, *_: _complain("warning", str(message))
     try:
         args = arguments.parser(COMMANDS, vlrt.__version__).parse_args(argv)
