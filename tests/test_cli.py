@@ -5,6 +5,7 @@ Not covered: terminals (colours, the moving progress bar), and answers of traine
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -339,3 +340,15 @@ def test_an_output_without_room_is_told_in_one_line(room: Path, command: tuple[s
     assert done.returncode == 1
     assert done.stderr.startswith(b"vlrt: error: the output cannot be written: ")
     assert done.stderr.count(b"\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("mebibytes", [500, 900])
+def test_memory_that_runs_out_is_told_in_one_line(room: Path, mebibytes: int) -> None:
+    # The first runs out in our own arrays, the second in the engine; where it happens may move, what is said must not.
+    Image.new("RGB", (4000, 3000)).save(room / "photo.png")
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (mebibytes * 2**20,) * 2)
+
+    done = run("ask", "tiny.vlrt", "photo.png", QUESTION, "--threads", 1, cwd=room, preexec_fn=limited)
+    fails(done, "memory")

@@ -470,6 +470,12 @@ def test_a_machine_without_the_engine_is_told_so(make_bundle, monkeypatch):
         Runtime.open(make_bundle(**MODEL))
 
 
+def test_what_the_engine_raises_is_our_own_error(opened):
+    """Catches a class of onnxruntime's, which nobody who catches VlrtError expects."""
+    with pytest.raises(BackendUnavailable, match=r"(?s)cannot run the graph .lm_head. here: .*; where memory ran out"):
+        opened._backend.logits(np.zeros((1, 7), np.float32))
+
+
 def test_threads_are_those_asked_for(make_bundle):
     """Catches a setting that does not reach the engine."""
     for asked, used in ((1, 1), (2, 2), (None, num_usable_cores())):

@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain("error", f"this command needs {name}, which is not installed; to do: pip install 'vlrt[{extra}]'")
         return EXIT_ERROR
+    except MemoryError as error:
+        _complain("error", f"memory ran out ({error}); ask with fewer or smaller frames, or close other programs")
+        return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except OSError as error:  # of writing the answer: all others are VlrtErrors by now

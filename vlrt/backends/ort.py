@@ -4,7 +4,9 @@ The KV cache is bound as input and output of the same graph run, so that nothing
 names.py and tables by the manifest; no video, no text.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from vlrt import config, names, positions
 from vlrt.backends.base import Floats, Ids
 from vlrt.bundle import Bundle, Table, widen
-from vlrt.errors import BundleError
+from vlrt.errors import BackendUnavailable, BundleError
 from vlrt.kv_cache import KVCache
 
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(int64)": "int64"}
@@ -73,7 +75,8 @@ class OrtBackend:
             feeds[names.WINDOW_INDEX.name] = order
             feeds[names.WINDOW_REVERSE.name] = np.argsort(order)
             feeds[names.CU_WINDOW_SEQLENS.name] = bounds
-        out: Floats = self._vision.run(None, feeds)[0]
+        with _running("vision"):
+            out: Floats = self._vision.run(None, feeds)[0]
         return out
 
     def embed(self, ids: Ids) -> Floats:
@@ -105,14 +108,16 @@ class OrtBackend:
             (binding.bind_output, names.LAST_HIDDEN_STATE.name, hidden),
         ):
             bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
-        self._decoder.run_with_iobinding(binding)
+        with _running("decoder"):
+            self._decoder.run_with_iobinding(binding)
         cache.advance(len(inputs_embeds))
         out: Floats = hidden[0]
         return out
 
     def logits(self, hidden: Floats) -> Floats:
         """See `base.Backend`."""
-        out: Floats = self._lm_head.run(None, {names.HIDDEN.name: hidden})[0]
+        with _running("lm_head"):
+            out: Floats = self._lm_head.run(None, {names.HIDDEN.name: hidden})[0]
         return out
 
     def row_logits(self, hidden: Floats, ids: Ids) -> Floats:
@@ -124,7 +129,8 @@ class OrtBackend:
         """See `base.Backend`."""
         if self._latent_memory is None:
             return []
-        memory: list[Floats] = self._latent_memory.run(None, {names.POOLED.name: pooled[None]})
+        with _running("latent_memory"):
+            memory: list[Floats] = self._latent_memory.run(None, {names.POOLED.name: pooled[None]})
         return memory
 
     def inject(self, hidden: Floats, memory: list[Floats]) -> Floats:
@@ -134,7 +140,8 @@ class OrtBackend:
         feeds = {names.LATENT_HIDDEN.name: hidden[None]}
         if self._looks_at_video:
             feeds[names.MEMORY_K.name], feeds[names.MEMORY_V.name] = memory
-        out: Floats = self._latent.run(None, feeds)[0][0]
+        with _running("latent"):
+            out: Floats = self._latent.run(None, feeds)[0][0]
         return out
 
     def queries(self) -> Floats | None:
@@ -165,7 +172,7 @@ class OrtBackend:
             bundle.file(name)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3  # warnings about fusions are no concern of the caller
+        options.log_severity_level = 4  # errors are raised; warnings about fusions are no concern of the caller
         try:
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class of its own per status code, all below Exception
@@ -176,6 +183,18 @@ class OrtBackend:
     @staticmethod
     def _read(bundle: Bundle, table: Table | None) -> Floats | None:
         return None if table is None else widen(bundle.table(table))
+
+
+@contextlib.contextmanager
+def _running(graph: str) -> Iterator[None]:
+    """Turn what onnxruntime raises while it runs a graph into our own error: most often it has run out of memory."""
+    try:
+        yield
+    except Exception as error:  # a class of its own per status code, all below Exception
+        raise BackendUnavailable(
+            f"onnxruntime cannot run the graph {graph!r} here: {error}; where memory ran out, ask with fewer or "
+            "smaller frames"
+        ) from error
 
 
 def num_usable_cores() -> int:
