@@ -52,7 +52,7 @@ def arguments(checkpoint: Path, data: Path, out: Path, *settings: str) -> list[s
     return ["train", "--model", str(checkpoint), "--data", str(data), "-o", str(out), *pairs]
 
 
-def launch(*command: str, processes: int = 1) -> subprocess.Popen:
+def launch(*command: str, processes: int = 1, cwd: Path | None = None) -> subprocess.Popen:
     """Start `python -m vlrt ...`, or as many of it as torchrun is told to."""
     start = [sys.executable, "-m", "vlrt"]
     if processes > 1:
@@ -60,5 +60,5 @@ def launch(*command: str, processes: int = 1) -> subprocess.Popen:
         start += ["-m", "vlrt"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [*start, *command], stdout=-1, stderr=-1, text=True, env=environment, start_new_session=True
+        [*start, *command], stdout=-1, stderr=-1, text=True, env=environment, cwd=cwd, start_new_session=True
     )

@@ -30,7 +30,7 @@ class Learner:
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, processes: PartialState) -> None:
         self._checkpoint, self._settings, self._processes = checkpoint, settings, processes
-        self.trainee = Trainee(build(checkpoint, settings), settings).to(processes.device)
+        self.trainee = Trainee(build(checkpoint, settings), settings).to(processes.device).train()
         sharding.shard(self.trainee, processes.device)
         self._trained = {name: p for name, p in self.trainee.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(groups(self._trained, settings), lr=settings.learning_rate)
@@ -157,7 +157,9 @@ def has_teacher(settings: Settings) -> bool:
 def build(checkpoint: Checkpoint, settings: Settings) -> registry.VideoLatent:
     """Load the weights in fp32 and mark those that are trained."""
     model = registry.build(checkpoint.model)
-    registry.load(model, checkpoint.weight)
+    registry.load(
+        model, lambda name: checkpoint.weight(name).clone()
+    )  # else steps are taken in the checkpoint's memory
     model.requires_grad_(True)
     model.visual.requires_grad_(settings.train_vision)
     model.model.checkpointing = settings.gradient_checkpointing

@@ -77,21 +77,22 @@ def train(
         ConfigError: the data cannot be used, `out` is of a run with other settings, or the loss is no number.
     """
     if (out / MODEL).is_dir():
+        if is_main_process():
+            run_directory.forget_state(out)  # killed after the result was written
         return out / MODEL
     processes = PartialState(cpu=_on_cpu())
     checkpoint = Checkpoint.open(checkpoint_path)
     check(settings, checkpoint.model.latent)
+    found = triplets.read(data, max_bad_rows=settings.max_bad_rows)
+    held_out_rows = () if validation is None else triplets.read(validation).rows
     run = {"settings": asdict(settings), "checkpoint": str(checkpoint_path), "data": str(data)}
     if processes.is_main_process:
         run_directory.claim(out, run | {"processes": processes.num_processes})
     processes.wait_for_everyone()
-    found = triplets.read(data, max_bad_rows=settings.max_bad_rows)
     bad = triplets.BadRows(data, settings.max_bad_rows)
     bad.add(found.bad)
     questions = _dataset(found.rows, checkpoint, settings, out, tells_answer=has_teacher(settings))
-    held_out = None
-    if validation is not None:
-        held_out = _dataset(triplets.read(validation).rows, checkpoint, settings, out)
+    held_out = _dataset(held_out_rows, checkpoint, settings, out) if held_out_rows else None
     learner = Learner(checkpoint, settings, processes)
     step = learner.load(out)
     batches = order.batches(questions, settings, step)

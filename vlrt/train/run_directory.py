@@ -130,8 +130,12 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _replace_text(file: Path, text: str) -> None:
     part = _part(file)
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _part(file: Path) -> Path:

@@ -4,6 +4,8 @@ One forward of `Trainee` is the whole step (rollout included), so that wrappers 
 every use of its weights. Knows the model and the objective; no files, no optimizer. Definitions: docs/latents.md.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -103,8 +105,8 @@ class Trainee(nn.Module):
             return Step(objective.combine(ce, None, None, self._weights()), right)
         pooled = self._pooled(batch, tokens)
         rows, slots = torch.arange(len(batch.ids))[:, None], batch.slots
-        with torch.set_grad_enabled(self.settings.objective.bptt == "full"):
-            prompts = (batch.at, batch.prompt_lengths, batch.next_positions)
+        prompts = (batch.at, batch.prompt_lengths, batch.next_positions)
+        with self._rolling_out(learns=self.settings.objective.bptt == "full"):
             latents = self._roll_out(embeds, *prompts, pooled, batch.slots.shape[1], drawn)
         hidden = self._run(embeds.index_put((rows, slots), latents.to(embeds.dtype)), attend)
         again = rollout.inject(self.model, hidden[rows, slots - 1], self._memories(pooled))
@@ -115,13 +117,24 @@ class Trainee(nn.Module):
         ce, right = self._predict(batch, hidden)
         return Step(objective.combine(ce, again, aims, self._weights()), right)
 
-    @torch.no_grad()
     def roll_out_told(self, batch: Batch, drawn: Draw) -> Tensor:
         """Return the latents [B, L, C] of prompts that tell the answer: what a teacher with these weights aims at."""
-        tokens = self._video_tokens(batch)
-        embeds = self._embed(replace(batch, ids=batch.told_ids), tokens)  # the video stands where it stands untold
-        prompts = (batch.told_at, batch.told_lengths, batch.told_next)
-        return self._roll_out(embeds, *prompts, self._pooled(batch, tokens), batch.slots.shape[1], drawn)
+        with self._rolling_out(learns=False):
+            tokens = self._video_tokens(batch)
+            embeds = self._embed(replace(batch, ids=batch.told_ids), tokens)  # the video stands where it stands untold
+            prompts = (batch.told_at, batch.told_lengths, batch.told_next)
+            return self._roll_out(embeds, *prompts, self._pooled(batch, tokens), batch.slots.shape[1], drawn)
+
+    @contextlib.contextmanager
+    def _rolling_out(self, *, learns: bool) -> Iterator[None]:
+        """Do as at inference, without gradient and dropout; or, where it learns, as in the rest of the step."""
+        training = self.training
+        self.train(training and learns)
+        try:
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                yield
+        finally:
+            self.train(training)
 
     def _weights(self) -> objective.Weights:
         return objective.Weights(self.settings.objective.alignment, self.settings.objective.diversity)
