@@ -62,6 +62,17 @@ def ask(room: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return run("ask", "tiny.vlrt", "clip.mp4", QUESTION, "--num-frames", 4, *arguments, cwd=room)
 
 
+def started(command: list[str], cwd: Path) -> subprocess.Popen[bytes]:
+    """Start a process that Ctrl-C ends, also where the tests run in the background and were told to ignore it."""
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 def fails(done: subprocess.CompletedProcess[str], *words: str) -> None:
     """Hold a failure to its form: exit code 1, nothing on stdout, one line on stderr that names what it must."""
     assert done.returncode == 1, done.stderr
@@ -277,7 +288,7 @@ def test_wrong_usage_exits_with_2_and_names_the_argument(arguments: list[str], w
 def test_ctrl_c_ends_quietly_with_130(room: Path) -> None:
     command = [VLRT, "ask", "tiny.vlrt", "clip.mp4", QUESTION, "--reasoning", "cot", "--stream"]
     command += ["--min-tokens", "4000", "--max-tokens", "4000"]
-    with subprocess.Popen(command, cwd=room, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with started(command, room) as process:
         assert process.stdout is not None
         assert process.stdout.read(1)  # it answers: what is interrupted is vlrt at work, not Python starting
         process.send_signal(signal.SIGINT)
@@ -291,7 +302,7 @@ def test_an_export_that_is_stopped_leaves_nothing_behind(
     room: Path, tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:
     command = [VLRT, "export", str(room / "tiny"), "-o", "half.vlrt"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with started(command, tmp_path) as process:
         while process.poll() is None and not any(tmp_path.iterdir()):
             time.sleep(0.01)
         process.send_signal(sent)
@@ -301,35 +312,16 @@ def test_an_export_that_is_stopped_leaves_nothing_behind(
     assert not any(tmp_path.iterdir())
 
 
-def test_a_closed_pipe_ends_quietly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [("doctor",), ("info", "tiny.vlrt"), ("info", "tiny.vlrt", "--json")])
+def test_a_closed_pipe_ends_quietly(room: Path, command: tuple[str, ...], unbuffered: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-m", "vlrt", "doctor"], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE)
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = (sys.executable, "-m", "vlrt", *command)
+    done = subprocess.run(command, cwd=room, env=env, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
-
-
-def test_eval_scores_a_data_set_and_goes_on(room: Path) -> None:
-    """Catches a verb that is not wired to its work, and results that a second run asks for anew."""
-    rows = [
-        {"video": "clip.mp4", "question": QUESTION, "answer": "left", "choices": ["left", "right"]},
-        {"video": "clip.mp4", "question": QUESTION, "answer": "right", "choices": ["left", "right"]},
-    ]
-    (room / "triplets.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = [run("eval", "tiny.vlrt", "triplets.jsonl", "--json", cwd=room) for _ in range(2)]
-    for done in found:
-        assert done.returncode == 0, done.stderr
-        groups = {group["name"]: group for group in json.loads(done.stdout)["groups"]}
-        assert groups["all"]["num_rows"] == 2
-        assert groups["all"]["score"] == 0.5  # the same question twice, with the two answers
-    results = (room / "tiny.vlrt.triplets.results.jsonl").read_text().splitlines()
-    assert len(results) == 3
-    assert found[0].stdout == found[1].stdout
-    table = run("eval", "tiny.vlrt", "triplets.jsonl", cwd=room)
-    assert "multiple choice" in table.stdout
-    other = run("eval", "tiny.vlrt", "triplets.jsonl", "--reasoning", "direct", cwd=room)
-    assert other.returncode == 1
-    assert "other settings" in other.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device without room")

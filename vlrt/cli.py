@@ -264,15 +264,16 @@ def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    # Into a text first: rich itself turns a closed pipe into exit code 1, and main has a word for it.
+    text, is_terminal = io.StringIO(), sys.stdout.isatty()
+    console = Console(file=text, force_terminal=is_terminal, width=None if is_terminal else 120)
     table = Table(title=escape(title), title_justify="left", show_edge=False)
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    with console.capture() as captured:  # rich turns a closed pipe into exit code 1; main has a word for it
-        console.print(table)
-    sys.stdout.write(captured.get())
+    console.print(table)
+    sys.stdout.write(text.getvalue())
 
 
 def _put(value: Any) -> None:
