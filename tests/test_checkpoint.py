@@ -210,6 +210,7 @@ def vision_set_to(**values):
         (set_to(layer_types=["sliding_attention"]), "sliding window attention"),
         (set_to(rope_scaling={"type": "yarn", "factor": 4.0}), "rope type is 'yarn'; accepted: 'default', 'mrope'"),
         (set_to(hidden_act="gelu"), "hidden_act is 'gelu'; accepted: 'silu'"),
+        (vision_set_to(hidden_act="gelu"), "hidden_act 'gelu'; accepted in Qwen2.5-VL: 'silu'"),
         (set_to(quantization_config={"quant_method": "awq"}), "quantization_config"),
         (set_to(hidden_size="wide"), "hidden_size is 'wide'"),
         (set_to(num_hidden_layers=10**9), "num_hidden_layers is 1000000000; accepted: 1 to 1024"),

@@ -246,6 +246,8 @@ def _vision(hf: Json, family: config.Family) -> Vision:
             raise CheckpointError(f"vision_config has embed_dim {width!r} and mlp_ratio {ratio!r}; accepted: above 0")
         sizes = {"hidden_size": width, "intermediate_size": int(width * ratio), "out_hidden_size": hf["hidden_size"]}
         return config.from_dict(Vision, {**values, **sizes}, path="vision.")
+    if hf["hidden_act"] != "silu":  # SwiGLU: the tower has no other
+        raise CheckpointError(f"vision_config has hidden_act {hf['hidden_act']!r}; accepted in Qwen2.5-VL: 'silu'")
     sizes = {key: hf[key] for key in ("hidden_size", "intermediate_size", "out_hidden_size", "window_size")}
     sizes |= {"tokens_per_second": hf["tokens_per_second"], "full_attention_layers": hf["fullatt_block_indexes"]}
     if not isinstance(hf["tokens_per_second"], int | float) or not hf["tokens_per_second"] > 0:
