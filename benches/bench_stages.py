@@ -128,13 +128,14 @@ def _row(case: tuple[Any, ...], samples: list[dict[str, Any]], cold: dict[str, A
         "num_frames": num_frames,
         "reasoning": how,
         "rounds": len(samples),
-        "seconds": {stage: _quantiles([s[stage] for s in samples]) for stage in STAGES},
+        "seconds": {stage: quantiles([s[stage] for s in samples]) for stage in STAGES},
         "usage": samples[-1]["usage"],
         "cold": cold,
     }
 
 
-def _quantiles(values: list[float]) -> dict[str, float]:
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Return median, p20 and p80."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return {
