@@ -312,6 +312,28 @@ def test_an_export_that_is_stopped_leaves_nothing_behind(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_an_extension_makes_an_error_of_still_ends_quietly(
+    tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    script = f"""if True:
+        import os, sys, time
+        from vlrt import cli
+        def doctor(args):
+            "Is stopped."
+            try:
+                os.kill(os.getpid(), {int(sent)})
+                time.sleep(60)
+            except BaseException:
+                raise ValueError("as torch does it") from None
+        cli.COMMANDS["doctor"] = doctor
+        sys.exit(cli.main(["doctor"]))
+    """
+    with started([sys.executable, "-c", script], tmp_path) as process:
+        _, complaint = process.communicate(timeout=60)
+    assert (process.returncode, complaint) == (code, b"")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", [("doctor",), ("info", "tiny.vlrt"), ("info", "tiny.vlrt", "--json")])
 def test_a_closed_pipe_ends_quietly(room: Path, command: tuple[str, ...], unbuffered: str) -> None:

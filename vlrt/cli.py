@@ -20,15 +20,43 @@ import vlrt
 from vlrt import arguments
 from vlrt.errors import BackendUnavailable, BundleError, VlrtError
 
-EXIT_ERROR, EXIT_INTERRUPTED, EXIT_CLOSED_PIPE, EXIT_TERMINATED = 1, 130, 141, 143
+EXIT_ERROR, EXIT_CLOSED_PIPE = 1, 141  # after a signal: 128 + its number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: the process's own) and return its exit code; wrong usage raises SystemExit(2)."""
+    stopped = _watch_signals()
+    try:
+        code = _run(argv)
+    except BaseException:
+        if not stopped:
+            raise
+        code = EXIT_ERROR
+    return 128 + stopped[0] if stopped else code
+
+
+def _watch_signals() -> list[int]:
+    """Let Ctrl-C and SIGTERM end the work tidily; return a list that then holds the signal.
+
+    What they raise may become another exception on its way: extensions, torch among them, put their own in its place.
+    """
+    stopped: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the parent has it ignored
+            signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
+    return stopped
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run one command line; return its exit code, every failure that has one in a line on stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an answer may hold what the terminal's encoding does not
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # ends tidily: no half bundle stays behind
     warnings.showwarning = lambda message, *_: _complain("warning", str(message))
     try:
         args = arguments.parser(COMMANDS, vlrt.__version__).parse_args(argv)
@@ -49,8 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         _complain("error", f"memory ran out ({error}); ask with fewer or smaller frames, or close other programs")
         return EXIT_ERROR
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     except OSError as error:  # of writing the answer: all others are VlrtErrors by now
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
         if isinstance(error, BrokenPipeError):
