@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training import QUICK, SMALL, arguments, launch, metrics, weights, write_triplets
+from tests.training import (
+    QUICK,
+    SMALL,
+    arguments,
+    launch,
+    metrics,
+    one_thread,  # noqa: F401 - for every test here
+    weights,
+    write_triplets,
+)
 from vlrt.errors import CheckpointError, ConfigError
 from vlrt.train import learner, loop, objective, run_directory
 

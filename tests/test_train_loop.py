@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
+from tests.training import one_thread  # noqa: F401 - for every test here
 from tests.videos import make, picture
 from vlrt.checkpoint import Checkpoint, expected_tensors
 from vlrt.errors import CheckpointError, ConfigError

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.training import QUICK, SMALL, metrics, write_triplets
+from tests.training import (
+    QUICK,
+    SMALL,
+    metrics,
+    one_thread,  # noqa: F401 - for every test here
+    write_triplets,
+)
 from vlrt import config, prompt
 from vlrt.errors import ConfigError
 from vlrt.preprocess import Patches

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.training import QUICK, SMALL, metrics, weights, write_triplets
+from tests.training import (
+    QUICK,
+    SMALL,
+    metrics,
+    one_thread,  # noqa: F401 - for every test here
+    weights,
+    write_triplets,
+)
 from vlrt import prompt
 from vlrt.preprocess import Patches
 from vlrt.train import data, learner, loop, objective, triplets

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.videos import make, picture
@@ -17,6 +19,15 @@ SMALL = {
     "latent": {"num_latents": 3, "num_heads": 4},
 }
 QUICK = Settings(steps=4, batch_size=2, learning_rate=3e-3, warmup=1, workers=0, save_every=2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Compute in one thread: on a busy machine threads of tiny models wait for each other, for minutes in all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def write_triplets(folder: Path, count: int = 4) -> Path:
