@@ -18,7 +18,7 @@ from tests.training import (
 from vlrt import config, prompt
 from vlrt.errors import ConfigError
 from vlrt.preprocess import Patches
-from vlrt.train import data, learner, loop, objective, triplets
+from vlrt.train import data, learner, loop, objective, order, triplets
 from vlrt.train.batch import collate, shorten
 from vlrt.train.data import VideoQuestions
 from vlrt.train.objective import IGNORED
@@ -228,3 +228,48 @@ def test_a_run_in_bf16_stays_close_to_one_in_fp32(checkpoint, rows, tmp_path, bp
     assert_close(out.bfloat16(), ref)
     assert np.isfinite(metrics(tmp_path / "bf16")).all()
     assert metrics(tmp_path / "bf16") != metrics(tmp_path / "fp32")
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+def test_a_tower_that_learns_runs_once_for_videos_of_several_sizes(make_checkpoint):
+    """Catches windows and segments that reach into the next video, and tokens handed to the wrong one."""
+    checkpoint = make_checkpoint(**SMALL)
+    trainee = Trainee(learner.build(checkpoint, QUICK), QUICK).double()
+    grids = [(2, 8, 12), (1, 20, 4), (3, 2, 2)]
+    width = checkpoint.model.vision.patch_dim
+    generator = torch.Generator().manual_seed(0)
+    pixels = [torch.randn(t * h * w, width, generator=generator, dtype=torch.float64) for t, h, w in grids]
+    with torch.no_grad():
+        together = trainee._encode(pixels, grids)
+        for patches, grid, out in zip(pixels, grids, together, strict=True):
+            (alone,) = trainee._encode([patches], [grid])
+            assert_close(out, alone)
+
+
+def test_processes_share_what_is_evaluated(monkeypatch):
+    """Catches a question that counts twice or not at all, and a process that waits for one that is done."""
+    found = {}
+    for process in (0, 1):
+        monkeypatch.setattr(order, "processes", lambda process=process: (process, 2))
+        found[process] = order.held_out(5, 2)
+    assert found[0] == ([0, 1, 4], 2)
+    assert found[1] == ([2, 3, 0, 1], 1)  # its second batch runs along and does not count
+    monkeypatch.setattr(order, "processes", lambda: (0, 1))
+    assert order.held_out(5, 2) == ([0, 1, 2, 3, 4], 3)
+
+
+def test_processes_take_neighbouring_batches_of_one_order():
+    """Catches processes that read the same samples, and an order other than that of one process."""
+    one = iter(order.Order(7, 4, 0, 3, 0, 1))
+    two = [iter(order.Order(7, 2, 0, 3, process, 2)) for process in (0, 1)]
+    for _ in range(6):
+        assert [next(one) for _ in range(4)] == [next(of) for of in two for _ in range(2)]
+
+
+def test_the_scale_of_latents_is_trained_where_something_reaches_it(checkpoint):
+    """Catches a gradient of rounding alone, of which Adam would make steps of full size."""
+    for bptt, learns in (("0", False), ("1", True), ("full", True)):
+        model = learner.build(checkpoint, replace(QUICK, objective=Objective(bptt=bptt)))
+        assert model.latent_injection.rho.requires_grad == learns
