@@ -510,3 +510,14 @@ def test_opening_and_writing_load_no_torch(tmp_path):
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "ck")], check=True)
+
+
+def test_the_repetition_penalty_is_read(tiny_path: Path, tmp_path: Path) -> None:
+    """Catches answers of published checkpoints, which set 1.05, that are not those of transformers."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_path, copy)
+    assert Checkpoint.open(copy).model.repetition_penalty == 1
+    for given in (1.05, None):
+        file = copy / "generation_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "repetition_penalty": given}))
+        assert Checkpoint.open(copy).model.repetition_penalty == (given or 1)

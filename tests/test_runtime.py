@@ -27,6 +27,7 @@ from vlrt.backends.ort import OrtBackend, num_usable_cores
 from vlrt.bundle import Bundle
 from vlrt.errors import BackendUnavailable, BundleError, ConfigError, VideoError
 from vlrt.runtime import ANSWER_TAG, Runtime
+from vlrt.video import Frames
 
 MODEL = {"overrides": {**QUICK, "decoder.max_positions": 2048}}
 PLAIN = {**MODEL, "latent": None}
@@ -553,7 +554,7 @@ def test_choices_are_scored_right_behind_the_tag(opened, said, kept, lead):
     writer = SimpleNamespace(answer=lambda **_: iter(range(len(said))), take_back=lambda: taken_back.append(True))
     request = runtime_module._Request("?", "cot", ("A", "B"), (), 9, 0, None)
     written = []
-    pieces = runtime._write(writer, request, written, Clock())
+    pieces = runtime._write(writer, request, [], written, Clock())
     missing = []
 
     def drain():
@@ -580,3 +581,30 @@ def test_what_cannot_be_asked_is_refused_before_any_video_is_read(opened, settin
     settings = {"question": "What?", **settings}
     with pytest.raises(ConfigError):
         opened.ask("no-such-video.mp4", **settings)
+
+
+def test_an_answer_that_was_cut_off_says_so(opened):
+    """Catches a half answer that looks whole."""
+    assert not opened.ask(square(), QUESTION, **FORCED).finished
+    assert opened.ask(square(), QUESTION, choices=["left", "right"]).finished
+    first = opened.ask(square(), QUESTION, reasoning="direct", **FORCED).token_ids
+    tokens = replace(opened.model.tokens, eos_token_ids=(first[2],))
+    with Runtime(opened._backend, opened.tokenizer) as other:
+        other.model = replace(opened.model, tokens=tokens)
+        out = other.ask(square(), QUESTION, reasoning="direct", max_tokens=12)
+    assert out.finished
+    assert len(out.token_ids) <= 2
+
+
+def test_a_video_that_is_too_long_is_told_how_many_frames_fit(opened):
+    """Catches advice that is wrong by one: so many frames fit, and two more do not."""
+    long = Frames.from_array(np.zeros((1200, 56, 56, 3), np.uint8), fps=4)
+    settings = {"reasoning": "direct", "max_tokens": 4}
+    with pytest.raises(ConfigError, match="num_frames=") as caught:
+        opened.ask(long, QUESTION, **settings)
+    fits = int(str(caught.value).rpartition("num_frames=")[2].rstrip(")"))
+    first = replace(long, data=long.data[:fits], pts_seconds=long.pts_seconds[:fits])
+    assert opened.ask(first, QUESTION, **settings).usage.num_frames == fits
+    more = replace(long, data=long.data[: fits + 2], pts_seconds=long.pts_seconds[: fits + 2])
+    with pytest.raises(ConfigError, match="num_frames="):
+        opened.ask(more, QUESTION, **settings)

@@ -73,6 +73,19 @@ def test_spatial_checkpoints_equal_transformers_generate(make_checkpoint, make_b
             assert len(out.token_ids) <= 7 or least > 0
 
 
+def test_the_repetition_penalty_is_that_of_transformers_generate(make_checkpoint, make_bundle, clip):
+    """Catches a penalty that leaves the prompt out, counts a token twice, or makes negative logits likelier."""
+    ref = Oracle(make_checkpoint(**SPATIAL), clip, QUESTION, num_frames=8)
+    with Runtime.open(make_bundle(**SPATIAL)) as opened:
+        plain = opened.ask(clip, QUESTION, num_frames=8, **FORCED).token_ids
+        for penalty in (1.05, 1.3):
+            opened.model = replace(opened.model, repetition_penalty=penalty)
+            out = opened.ask(clip, QUESTION, num_frames=8, **FORCED).token_ids
+            limits = {"max_new_tokens": COUNT, "min_new_tokens": COUNT, "repetition_penalty": penalty}
+            assert list(out) == ref.generate(**limits)
+    assert out != plain
+
+
 def test_the_two_rules_give_different_answers(make_checkpoint, clip):
     """Catches parity tests in which the position after the video does not matter."""
     trained = make_checkpoint(overrides=QUICK, latent=None, tie=True)

@@ -183,7 +183,8 @@ def model_from_hf(
     parts = {"vision": vision, "decoder": decoder, "latent": latent, "video": _video(hf, preprocessor)}
     parts["tokens"] = _tokens(hf, text, generation, added_tokens)
     values = {name: config.to_dict(part) for name, part in parts.items() if part is not None}
-    return config.from_dict(Model, {"family": family, **position, **values})
+    penalty = {k: v for k, v in generation.items() if k == "repetition_penalty" and v is not None}
+    return config.from_dict(Model, {"family": family, **position, **penalty, **values})
 
 
 def _check_text(text: Json) -> None:

@@ -39,6 +39,7 @@ class Answer:
         choice: the likeliest choice, or None without choices.
         scores: probability of each choice where the model may say nothing but one of them: at every word, among the
             words with which the choices go on (`choices.log_probabilities`); they add up to 1.
+        finished: whether the model ended the answer; False where max_tokens cut it off.
         reasoning: "latent", "direct" or "cot".
         thought: the chain of thought, or None.
         latents: [L, C] float32, or None.
@@ -51,6 +52,7 @@ class Answer:
     token_ids: tuple[int, ...]
     choice: str | None
     scores: dict[str, float] | None
+    finished: bool
     reasoning: str
     thought: str | None
     latents: NDArray[np.float32] | None

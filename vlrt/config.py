@@ -192,9 +192,11 @@ class Model:
     latent: Latent | None = None
     video: Video = field(default_factory=Video)
     text_position_after_video: TextPosition = "largest"
+    repetition_penalty: float = 1.0  # of tokens that the prompt or the answer already has (arXiv 1909.05858)
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other."""
+        _positive(self, "repetition_penalty")
         if self.vision.out_hidden_size != self.decoder.hidden_size:
             raise ConfigError(
                 f"vision.out_hidden_size is {self.vision.out_hidden_size}; accepted: decoder.hidden_size = "

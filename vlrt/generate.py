@@ -63,8 +63,10 @@ def read(backend: Backend, built: prompt.Prompt, video_tokens: Array) -> Context
     return Context(embeds, at, after, backend.join(pooled) if pooled else 0 * embeds[:1])
 
 
-def check_length(model: config.Model, length: int, room: int) -> None:
+def check_length(model: config.Model, length: int, room: int, advice: str = "") -> None:
     """Refuse a prompt of `length` tokens that, with `room` more, exceeds the positions that the model was made for.
+
+    The message ends in `advice`.
 
     Raises:
         ConfigError: it does.
@@ -73,7 +75,7 @@ def check_length(model: config.Model, length: int, room: int) -> None:
     if length + room > limit:
         raise ConfigError(
             f"prompt and answer take up to {length} + {room} positions; this model has {limit}: ask with fewer or "
-            "smaller frames, or with a lower max_tokens"
+            f"smaller frames, or with a lower max_tokens{advice}"
         )
 
 
@@ -140,19 +142,27 @@ class Writer:
         self.last_hidden = hidden
         return latents
 
-    def answer(self, *, max_tokens: int, min_tokens: int, eos: Sequence[int]) -> Iterator[int]:
+    def answer(
+        self, *, max_tokens: int, min_tokens: int, eos: Sequence[int], seen: Sequence[int] = (), penalty: float = 1.0
+    ) -> Iterator[int]:
         """Yield the ids of the answer, without the token that ends it.
 
         Args:
             max_tokens: end after so many.
             min_tokens: until there are so many, an end token is not taken.
             eos: ids that end the answer.
+            seen: ids that the prompt has.
+            penalty: logits of ids that are seen or written are divided by it, negative ones multiplied
+                (arXiv 1909.05858, as transformers does).
 
         Raises:
             BundleError: the model computes no numbers.
         """
+        known = set(seen)
         for count in range(max_tokens):
             logits = self._backend.logits(self._settle([]))[0]
+            if penalty != 1 and known:
+                logits = _penalised(logits, np.array(sorted(known), np.int64), penalty)
             if count < min_tokens:
                 logits = logits.copy()
                 logits[list(eos)] = -np.inf
@@ -162,6 +172,7 @@ class Writer:
             if token_id in eos:
                 return
             self._pending = [token_id]
+            known.add(token_id)
             yield token_id
 
     def take_back(self) -> None:
@@ -201,3 +212,11 @@ class Writer:
 
     def _predicts(self, hidden: Array, plan: Any) -> bool:
         return int(self._backend.logits(hidden)[0].argmax()) == int(plan.end_token_id)
+
+
+def _penalised(logits: NDArray[np.float32], ids: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
+    """Return logits [V] with those of `ids` made less likely."""
+    logits = logits.copy()
+    values = logits[ids]
+    logits[ids] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
+    return logits

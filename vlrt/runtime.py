@@ -211,7 +211,8 @@ class Runtime:
         with clock("prefill"):
             built = prompt.build(self.tokenizer, self.model, request.question, [media], reasoning=request.reasoning)
             room = self._room(request)
-            check_length(self.model, len(built.ids), room)  # before the vision tower, which may take minutes
+            # before the vision tower, which may take minutes
+            check_length(self.model, len(built.ids), room, self._frames_that_fit(built, room))
         tokens = self._encode(backend, shown, media.grid_thw, clock)
         with clock("prefill"):
             context = read(backend, built, tokens)
@@ -223,7 +224,7 @@ class Runtime:
         written: list[int] = []
         lead: list[int] = []
         if not request.choices or request.reasoning == "cot":
-            lead = yield from self._write(writer, request, written, clock)
+            lead = yield from self._write(writer, request, built.ids.tolist(), written, clock)
         log_scores = None
         if request.choices:
             with clock("answer"):
@@ -231,7 +232,7 @@ class Runtime:
         return self._finish(request, frames, built, latents, written, log_scores, clock)
 
     def _write(
-        self, writer: Writer, request: _Request, written: list[int], clock: Clock
+        self, writer: Writer, request: _Request, seen: list[int], written: list[int], clock: Clock
     ) -> Generator[str, None, list[int]]:
         """Write freely, yielding text.
 
@@ -240,7 +241,11 @@ class Runtime:
         """
         decoder = self.tokenizer.decoder()
         ids = writer.answer(
-            max_tokens=request.max_tokens, min_tokens=request.min_tokens, eos=self.model.tokens.eos_token_ids
+            max_tokens=request.max_tokens,
+            min_tokens=request.min_tokens,
+            eos=self.model.tokens.eos_token_ids,
+            seen=seen,
+            penalty=self.model.repetition_penalty,
         )
         text = ""
         while True:
@@ -292,6 +297,7 @@ class Runtime:
             token_ids=tuple(written),
             choice=choice,
             scores=scores,
+            finished=choice is not None or usage.answer_tokens < request.max_tokens,
             reasoning=request.reasoning,
             thought=thought,
             latents=latents,
@@ -316,6 +322,14 @@ class Runtime:
             with clock("vision"):
                 parts.append(backend.encode(patches.pixels, patches.grid_thw))
         return backend.join(parts)
+
+    def _frames_that_fit(self, built: prompt.Prompt, room: int) -> str:
+        """Return the advice how many frames of this size fit the model's positions; "" where not even two do."""
+        (span,) = built.spans
+        per_step = span.num_tokens // span.grid_thw[0]
+        left = self.model.decoder.max_positions - room - (len(built.ids) - span.num_tokens)
+        frames = left // per_step * self.model.vision.temporal_patch_size
+        return f"; {frames} frames of this size fit (num_frames={frames})" if frames > 0 else ""
 
     def _room(self, request: _Request) -> int:
         """Slots that the sequence may take beyond its prompt."""
