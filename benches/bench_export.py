@@ -7,12 +7,10 @@ system may drop them at will, and anonymous memory, which it cannot.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for precision in args.precisions:
             rows.append(_measure(checkpoint, precision))
             Console(stderr=True).print(rows[-1])
-    described = machine.describe()
-    result = {
-        "bench": "export",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": machine.command("benches.bench_export", argv if argv is not None else sys.argv[1:]),
-        "machine": described,
-        "rows": rows,
-    }
-    out = args.out or Path(__file__).parent / "results" / described["name"] / "export.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    out = machine.write_result("export", argv if argv is not None else sys.argv[1:], args.out, rows=rows)
     Console(width=140).print(_table(rows))
     print(out)
 

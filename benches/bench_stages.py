@@ -9,13 +9,11 @@ its parity gate, and every answer must repeat itself.
 """
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -38,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     args = _arguments(argv)
     bundles = {(s, p): material.bundle(s, p) for s in args.shapes for p in args.precisions}
-    for path in bundles.values():
-        assert all(row.ok for row in Bundle.open(path).parity), f"{path} did not pass its parity gate"
+    parity = {" ".join(key): [vars(row) for row in Bundle.open(path).parity] for key, path in bundles.items()}
+    assert all(row["ok"] for rows in parity.values() for row in rows), "a bundle did not pass its parity gate"
     clip = material.clip()
     workers = {key: _start(path, clip, args.threads) for key, path in bundles.items()}
     cases = [(key, n, how) for n in args.frames for how in ("direct", "latent", "cot") for key in bundles]
@@ -59,19 +57,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [_row(case, samples[case], cold[case[0]]) for case in cases]
     for connection in workers.values():
         connection.send(None)
-    described = machine.describe()
-    result = {
-        "bench": "stages",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": machine.command("benches.bench_stages", argv if argv is not None else sys.argv[1:]),
-        "machine": described,
-        "answer_tokens": ANSWER_TOKENS,
-        "cot_tokens": args.cot_tokens,
-        "rows": rows,
-    }
-    out = args.out or Path(__file__).parent / "results" / described["name"] / "stages.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    out = machine.write_result(
+        "stages",
+        argv if argv is not None else sys.argv[1:],
+        args.out,
+        answer_tokens=ANSWER_TOKENS,
+        cot_tokens=args.cot_tokens,
+        rows=rows,
+        parity=parity,
+    )
     Console(width=160).print(_table(rows))
     print(out)
 

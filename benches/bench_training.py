@@ -11,11 +11,9 @@ and computed anew each time, layers recomputed in the backward pass. Weights are
 import argparse
 import dataclasses
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = list(argv if argv is not None else sys.argv[1:])
     args = parser.parse_args(given)
     rows = [row for shape in args.shapes for row in measure(shape, args.rounds)]
-    described = machine.describe()
-    result = {
-        "bench": "training",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": machine.command("benches.bench_training", given),
-        "machine": described,
-        "group": GROUP,
-        "chain_tokens": CHAIN_TOKENS,
-        "rows": rows,
-    }
-    out = args.out or Path(__file__).parent / "results" / described["name"] / "training.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    out = machine.write_result("training", given, args.out, group=GROUP, chain_tokens=CHAIN_TOKENS, rows=rows)
     Console(width=120).print(_table(rows))
     print(out)
 

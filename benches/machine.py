@@ -1,10 +1,12 @@
 """What a result was measured on: processor, memory, versions, commit, load."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,29 @@ def command(module: str, arguments: Sequence[str]) -> str:
     if "--out" in words:
         del words[words.index("--out") : words.index("--out") + 2]
     return " ".join(["python -m", module, *words])
+
+
+def write_result(bench: str, arguments: Sequence[str], out: Path | None, **values: Any) -> Path:
+    """Write the JSON of a bench, with what it was measured on, and return its path.
+
+    Args:
+        bench: the module's name without `bench_`.
+        arguments: of its command line.
+        out: the file; None: in benches/results, by the machine's name.
+        values: what was measured.
+    """
+    described = describe()
+    result = {
+        "bench": bench,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command(f"benches.bench_{bench}", arguments),
+        "machine": described,
+        **values,
+    }
+    path = out or Path(__file__).parent / "results" / described["name"] / f"{bench}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def _version(package: str) -> str | None:

@@ -5,71 +5,9 @@ Takes patches, rotary tables, windows and segment bounds as inputs; computes non
 
 from torch import Tensor, nn
 
-from vlrt import config, ops
+from vlrt import config
 from vlrt.models.layers import RMSNorm, SwiGLU
-
-
-class PatchEmbed(nn.Module):
-    """A linear map of flattened patches: Hugging Face's Conv3d whose kernel equals its stride."""
-
-    def __init__(self, cfg: config.Vision) -> None:
-        super().__init__()
-        self.proj = nn.Linear(cfg.patch_dim, cfg.hidden_size, bias=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Map pixels [N, patch_dim] to [N, hidden_size]."""
-        out: Tensor = self.proj(pixels)
-        return out
-
-
-class SegmentAttention(nn.Module):
-    """Attention within segments (windows, or temporal patches), with 2-D rotary positions."""
-
-    def __init__(self, cfg: config.Vision) -> None:
-        super().__init__()
-        self.num_heads = cfg.num_heads
-        self.qkv = nn.Linear(cfg.hidden_size, 3 * cfg.hidden_size)
-        self.proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Map x [N, hidden_size] to [N, hidden_size]; cos and sin [N, D/2]; cu_seqlens [segments + 1] int32."""
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
-        out: Tensor = self.proj(ops.segment_attention(q, k, v, cos, sin, cu_seqlens).flatten(-2))
-        return out
-
-
-class PatchMerger(nn.Module):
-    """Norm, then an MLP over each square of neighbouring patches: one video token per square."""
-
-    def __init__(self, cfg: config.Vision, norm: nn.Module) -> None:
-        super().__init__()
-        self.width = cfg.hidden_size * cfg.spatial_merge_size**2
-        self.ln_q = norm
-        self.mlp = nn.Sequential(
-            nn.Linear(self.width, self.width), nn.GELU(), nn.Linear(self.width, cfg.out_hidden_size)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [N, hidden_size] to [N / spatial_merge_size**2, out_hidden_size]."""
-        out: Tensor = self.mlp(self.ln_q(x).reshape(-1, self.width))
-        return out
-
-
-class Block(nn.Module):
-    """Pre-norm segment attention and SwiGLU with residuals."""
-
-    def __init__(self, cfg: config.Vision) -> None:
-        super().__init__()
-        self.norm1 = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.norm2 = RMSNorm(cfg.hidden_size, cfg.norm_eps)
-        self.attn = SegmentAttention(cfg)
-        self.mlp = SwiGLU(cfg.hidden_size, cfg.intermediate_size, bias=True)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Map x [N, hidden_size] to [N, hidden_size]."""
-        x = x + self.attn(self.norm1(x), cos, sin, cu_seqlens)
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+from vlrt.models.vision_layers import Block, PatchEmbed, PatchMerger
 
 
 class VisionTower(nn.Module):
@@ -80,8 +18,8 @@ class VisionTower(nn.Module):
         self.cfg = cfg
         self.merge_unit = cfg.spatial_merge_size**2
         self.patch_embed = PatchEmbed(cfg)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        self.merger = PatchMerger(cfg, RMSNorm(cfg.hidden_size, cfg.norm_eps))
+        self.blocks = nn.ModuleList(self._block() for _ in range(cfg.depth))
+        self.merger = PatchMerger(cfg, self._norm())
 
     def forward(
         self,
@@ -114,6 +52,13 @@ class VisionTower(nn.Module):
             x = block(x, cos, sin, cu_window_seqlens if windowed else cu_seqlens)
         out: Tensor = self.merger(x).index_select(0, window_reverse)
         return out
+
+    def _norm(self) -> RMSNorm:
+        return RMSNorm(self.cfg.hidden_size, self.cfg.norm_eps)
+
+    def _block(self) -> Block:
+        mlp = SwiGLU(self.cfg.hidden_size, self.cfg.intermediate_size, bias=True)
+        return Block(self.cfg, self._norm(), self._norm(), mlp)
 
     def _reorder(self, x: Tensor, index: Tensor) -> Tensor:
         """Permute merge squares of x [N, ...] by index [N / merge_unit]."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vlrt import config
-from vlrt.models.qwen2_5_vl_vision import PatchEmbed, PatchMerger, SegmentAttention
+from vlrt.models.vision_layers import Block, PatchEmbed, PatchMerger
 
 
 class Mlp(nn.Module):
@@ -30,31 +30,18 @@ class Mlp(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """Pre-norm attention and MLP with residuals."""
-
-    def __init__(self, cfg: config.Vision) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(cfg.hidden_size, cfg.norm_eps)
-        self.norm2 = nn.LayerNorm(cfg.hidden_size, cfg.norm_eps)
-        self.attn = SegmentAttention(cfg)
-        self.mlp = Mlp(cfg)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Map x [N, hidden_size] to [N, hidden_size]."""
-        x = x + self.attn(self.norm1(x), cos, sin, cu_seqlens)
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
-
-
 class VisionTower(nn.Module):
     """Patches to video tokens. Whole temporal patches only: no token looks beyond its own."""
 
     def __init__(self, cfg: config.Vision) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(cfg)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        self.merger = PatchMerger(cfg, nn.LayerNorm(cfg.hidden_size, cfg.norm_eps))
+
+        def norm() -> nn.Module:
+            return nn.LayerNorm(cfg.hidden_size, cfg.norm_eps)
+
+        self.blocks = nn.ModuleList(Block(cfg, norm(), norm(), Mlp(cfg)) for _ in range(cfg.depth))
+        self.merger = PatchMerger(cfg, norm())
 
     def forward(self, pixels: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Map patches to video tokens.
