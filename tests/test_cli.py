@@ -158,6 +158,7 @@ def test_doctor_gives_a_reason_for_every_backend(tmp_path: Path) -> None:
     facts = json.loads(done.stdout)
     assert {row["name"]: row["available"] for row in facts["abilities"]}["ort backend, CPU"]
     assert all(row["reason"] for row in facts["abilities"])
+    assert "exact int8" in {row["name"] for row in facts["abilities"]}
     assert "tensorrt backend" in run("doctor", cwd=tmp_path).stdout
 
 

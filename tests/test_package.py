@@ -66,3 +66,22 @@ def test_links_of_a_checkout_are_relative_and_lead_to_the_top_level(name: str) -
     assert not link.readlink().is_absolute()
     assert link.resolve() == (ROOT / name).resolve()
     assert not (ROOT / name / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "features", "exact"),
+    [
+        ("x86_64", ["avx2"], False),
+        ("x86_64", ["avx2", "avx_vnni"], True),
+        ("AMD64", ["avx2", "avx512_vnni"], True),
+        ("x86_64", None, False),
+        ("aarch64", ["asimddp"], True),
+    ],
+)
+def test_the_doctor_tells_where_int8_saturates(architecture, features, exact):
+    """Catches an old laptop on which int8 bundles answer otherwise, without a word."""
+    from vlrt import doctor
+
+    found = doctor.exact_int8(architecture, features)
+    assert found.available == exact
+    assert found.reason

@@ -57,6 +57,7 @@ def abilities() -> list[Ability]:
     cuda = "this version of vlrt has no such backend; the ort backend runs on the CPU"
     return [
         _ort(),
+        exact_int8(platform.machine(), _cpu()["features"]),
         Ability("torch backend", False, "this version of vlrt has no such backend; torch only serves the export"),
         Ability("ort backend, CUDA", False, cuda),
         Ability("tensorrt backend", False, cuda),
@@ -67,6 +68,23 @@ def abilities() -> list[Ability]:
 def _ort() -> Ability:
     reason = select.unavailable("ort")
     return Ability("ort backend, CPU", reason is None, reason or f"onnxruntime {_version('onnxruntime')}")
+
+
+def exact_int8(architecture: str, features: list[str] | None) -> Ability:
+    """Return whether int8 products are exact: on x86 without VNNI, ONNX Runtime adds pairs of them in 16 bits.
+
+    Args:
+        architecture: as `platform.machine()` says.
+        features: of the processor, as /proc/cpuinfo spells them; None: unknown.
+    """
+    name = "exact int8"
+    if architecture.lower() not in ("x86_64", "amd64"):
+        return Ability(name, True, f"{architecture} adds products in 32 bits")
+    if features is None:
+        return Ability(name, False, "this system does not tell whether its processor has VNNI; fp32 is always exact")
+    if found := {"avx512_vnni", "avx_vnni"} & set(features):
+        return Ability(name, True, f"with {min(found)}")
+    return Ability(name, False, "this processor has no VNNI: sums of int8 products may saturate; prefer fp32 bundles")
 
 
 def _export() -> Ability:
