@@ -1,0 +1,91 @@
+"""Cold start: from a new process to the first answer, and how that divides into import, load and answer.
+
+    python -m benches.bench_cold [--shapes tiny small] [--precisions fp32 int8] [--rounds 5]
+
+Each round starts a new Python process per bundle, in turn. Files are in the system's cache, as they are after a first
+use; what is measured is the work, not the disk. The answer is to 16 frames, with latents, 4 tokens.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benches import machine, material
+from benches.bench_stages import ANSWER_TOKENS, QUESTION, quantiles
+
+PARTS = ("start", "import", "load", "answer", "total")
+PROGRAM = f"""
+import json, sys, time
+begun = time.time()
+import vlrt
+runtime_class = vlrt.Runtime
+imported = time.time()
+runtime = runtime_class.open(sys.argv[1])
+loaded = time.time()
+answer = runtime.ask(sys.argv[2], {QUESTION!r}, num_frames=16, max_tokens={ANSWER_TOKENS}, min_tokens={ANSWER_TOKENS})
+done = time.time()
+print(json.dumps([begun, imported, loaded, done, len(answer.token_ids)]))
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(prog="benches.bench_cold", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--shapes", nargs="+", default=["tiny", "small"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "int8"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    given = list(argv if argv is not None else sys.argv[1:])
+    args = parser.parse_args(given)
+    bundles = {(shape, p): material.bundle(shape, p) for shape in args.shapes for p in args.precisions}
+    clip = material.clip()
+    samples: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in bundles}
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("rounds", total=(args.rounds + 1) * len(bundles))
+        for i in range(args.rounds + 1):  # the first round fills the system's cache
+            for key, path in bundles.items():
+                sample = _start(path, clip)
+                if i:
+                    samples[key].append(sample)
+                progress.advance(task)
+    rows = [
+        {
+            "shape": shape,
+            "precision": precision,
+            "rounds": args.rounds,
+            "seconds": {part: quantiles([sample[part] for sample in found]) for part in PARTS},
+        }
+        for (shape, precision), found in samples.items()
+    ]
+    out = machine.write_result("cold", given, args.out, rows=rows)
+    table = Table(title="seconds of a cold start (medians)")
+    for name in ("shape", "precision", *PARTS):
+        table.add_column(name, justify="left" if name in ("shape", "precision") else "right")
+    for row in rows:
+        table.add_row(row["shape"], row["precision"], *(f"{row['seconds'][part]['median']:.3f}" for part in PARTS))
+    Console(width=120).print(table)
+    print(out)
+
+
+def _start(bundle: Path, clip: Path) -> dict[str, float]:
+    """Run one process; return the seconds of each part."""
+    start = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(bundle), str(clip)], capture_output=True, text=True, check=True
+    )
+    begun, imported, loaded, answered, count = json.loads(done.stdout)
+    assert count == ANSWER_TOKENS, "the answer has another length"
+    parts = (begun - start, imported - begun, loaded - imported, answered - loaded, answered - start)
+    return dict(zip(PARTS, parts, strict=True))
+
+
+if __name__ == "__main__":
+    main()
