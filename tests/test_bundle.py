@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from tests.bundles import QUICK
+from tests.damage import damaged_json, places
 from vlrt import bundle, fresh, names
 from vlrt.bundle import Bundle, Check, FileRecord, Manifest, Table
 from vlrt.errors import BundleError, ExportError, VlrtError
@@ -229,31 +230,7 @@ def test_a_damaged_byte_in_any_file_is_found_before_an_answer(make_bundle, tmp_p
 
 STRANGE: list[Any] = [None, True, -1, 0, 1.5, 10**18, 10**400, 1e300, float("nan"), "", "ort", "\ud800", [], {}]
 STRANGE += [[1, [2]], {"a": {"b": 0}}, "\x00/../x", "x" * 5000, -(10**400), "embed.bin", 2]
-
-
-def places(values: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the path of every value within a JSON document."""
-    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    return [at] * bool(at) + [place for key, value in inner for place in places(value, (*at, key))]
-
-
-def damaged_json(values: Any, rng: random.Random) -> Any:
-    """Return a JSON document with one to three values replaced, removed or renamed."""
-    for _ in range(rng.randint(1, 3)):
-        *outer, last = rng.choice(places(values))
-        parent = values
-        for key in outer:
-            parent = parent[key]
-        how = rng.random()
-        if how < 0.75:
-            parent[last] = rng.choice(STRANGE)
-        elif isinstance(parent, dict) and how < 0.85:
-            parent[rng.choice(["x", "", "file", "\ud800"])] = parent.pop(last)
-        else:
-            del parent[last]
-        if not places(values):
-            break
-    return values
+NAMES = ["x", "", "file", "\ud800"]
 
 
 def opens_or_says_why(path: Path) -> bool:
@@ -275,7 +252,7 @@ def test_strange_values_in_manifests(small, start):
     original = (small / bundle.MANIFEST).read_text()
     opened = 0
     for seed in range(start, start + 50):
-        values = damaged_json(json.loads(original), random.Random(seed))
+        values = damaged_json(json.loads(original), random.Random(seed), STRANGE, NAMES)
         (small / bundle.MANIFEST).write_text(json.dumps(bundle.sealed(values)))
         opened += opens_or_says_why(small)
     assert opened < 45

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from tests.damage import damaged_json
 from vlrt import fresh
 from vlrt.checkpoint import INDEX, WEIGHTS, Checkpoint
 from vlrt.errors import CheckpointError
 
+NAMES = ["x", "latent_size", "lvr_id", "rope_scaling"]
 STRANGE: list[Any] = [
     None,
     True,
@@ -55,31 +57,6 @@ def opens_or_says_why(path: Path) -> bool:
     return True
 
 
-def places(values: Any, at: tuple = ()) -> list[tuple]:
-    """Return the path of every value within a JSON document."""
-    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    return [at] * bool(at) + [place for key, value in inner for place in places(value, (*at, key))]
-
-
-def damaged_json(values: Any, rng: random.Random) -> Any:
-    """Return a JSON document with one to three values replaced, removed or renamed."""
-    for _ in range(rng.randint(1, 3)):
-        *outer, last = rng.choice(places(values))
-        parent = values
-        for key in outer:
-            parent = parent[key]
-        how = rng.random()
-        if how < 0.7:
-            parent[last] = rng.choice(STRANGE)
-        elif isinstance(parent, dict) and how < 0.85:
-            parent[rng.choice(["x", "latent_size", "lvr_id", "rope_scaling"])] = parent.pop(last)
-        else:
-            del parent[last]
-        if not places(values):
-            break
-    return values
-
-
 def damaged_bytes(data: bytes, rng: random.Random, within: int) -> bytes:
     """Return a file cut off, or with bytes of its first `within` changed."""
     if rng.random() < 0.3:
@@ -109,7 +86,7 @@ def test_strange_values_in_json(originals, tmp_path, layout, seed):
     path = shutil.copytree(originals[layout], tmp_path / "ck")
     names = ["config.json"] * 4 + JSON_FILES + [INDEX] * (layout == "nested")
     file = path / rng.choice(names)
-    file.write_text(json.dumps(damaged_json(json.loads(file.read_text()), rng)))
+    file.write_text(json.dumps(damaged_json(json.loads(file.read_text()), rng, STRANGE, NAMES)))
     opens_or_says_why(path)
 
 
@@ -133,7 +110,7 @@ def test_broken_safetensors_headers(originals, tmp_path, seed):
     if seed % 2:
         data = damaged_bytes(data, rng, 8 + size)
     else:
-        header = json.dumps(damaged_json(json.loads(data[8 : 8 + size]), rng)).encode()
+        header = json.dumps(damaged_json(json.loads(data[8 : 8 + size]), rng, STRANGE, NAMES)).encode()
         data = len(header).to_bytes(8, "little") + header + data[8 + size :]
     (path / WEIGHTS).write_bytes(data)
     opens_or_says_why(path)

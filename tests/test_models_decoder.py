@@ -10,7 +10,7 @@ from vlrt import positions
 from vlrt.backends.torch import TorchBackend
 from vlrt.errors import CheckpointError
 from vlrt.models import registry
-from vlrt.models.decoder import CachedAttention, FullAttention, empty_cache
+from vlrt.models.decoder import CachedAttention, FullAttention
 
 # what differs from the tiny shape of 3 layers, width 128, 4 heads on 2
 DECODERS = {
@@ -48,7 +48,9 @@ def cached(checkpoint, where, dtype=torch.float32):
     length = where.shape[1]
     cos, sin = (torch.from_numpy(x).to(dtype) for x in positions.mrope_cos_sin(where, checkpoint.model.decoder))
     spare = torch.full((5, cos.shape[1]), torch.nan, dtype=dtype)
-    keys, values = (empty_cache(checkpoint.model.decoder, length + 5, dtype=dtype) for _ in range(2))
+    cfg = checkpoint.model.decoder
+    shape = (1, cfg.num_kv_heads, length + 5, cfg.head_dim)
+    keys, values = ([torch.zeros(shape, dtype=dtype) for _ in range(cfg.num_layers)] for _ in range(2))
     return CachedAttention(
         torch.cat([cos, spare]), torch.cat([sin, spare]), torch.tensor(0, dtype=torch.int32), keys, values
     )

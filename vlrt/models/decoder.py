@@ -125,9 +125,3 @@ class Decoder(nn.Module):
                 x = layer(x, attend)
         out: Tensor = self.norm(x)
         return out
-
-
-def empty_cache(cfg: config.Decoder, capacity: int, *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Return one zeroed cache [1, H_kv, capacity, D] per layer, of keys or of values."""
-    shape = (1, cfg.num_kv_heads, capacity, cfg.head_dim)
-    return [torch.zeros(shape, dtype=dtype) for _ in range(cfg.num_layers)]
