@@ -432,6 +432,8 @@ def test_a_batch_is_its_samples_padded_on_the_right(questions: Callable[..., Vid
     assert {f for f, d in dtypes.items() if d != torch.int64} == {
         "valid",
         "pixels",
+        "tokens",
+        "encoded",
         "seconds_per_temporal_patch",
         "is_image",
     }

@@ -209,3 +209,25 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch, erro
     with pytest.raises((CheckpointError, KeyboardInterrupt)):
         fresh.write_checkpoint(tmp_path / "half")
     assert not any(tmp_path.iterdir())
+
+
+def test_merges_that_were_learned_make_words_tokens(tmp_path):
+    """Catches merges that the tokenizer does not apply, and special tokens that stand where merges do."""
+    merges = fresh.learn_merges(["the ball is under the cup", "the cup"] * 5, 100)
+    with_merges = {"shape": "tiny", "merges": merges, "overrides": {"decoder.vocab_size": 512}}
+    checkpoint = Checkpoint.open(fresh.write_checkpoint(tmp_path / "a", **with_merges, chat_template="{{ 'hm' }}"))
+    tokenizer = Tokenizer.open(checkpoint.path)
+    assert len(tokenizer.encode("the ball is under the cup")) == 6
+    assert tokenizer.decode(tokenizer.encode("héllo the cup")) == "héllo the cup"
+    assert tokenizer.render([]) == "hm"
+    for token, i in fresh.special_ids(512, len(merges)).items():
+        assert tokenizer.token_id(token) == i >= 256 + len(merges)
+    assert checkpoint.model.tokens.video_token_id == tokenizer.token_id("<|video_pad|>")
+    assert checkpoint.model.latent.pad_token_id == tokenizer.token_id("<|latent_pad|>")
+
+
+def test_more_merges_than_the_vocabulary_holds_are_refused(tmp_path):
+    """Catches special tokens beyond the embedding table."""
+    merges = [("a", "b")] * 120
+    with pytest.raises(ConfigError, match="vocab_size"):
+        fresh.write_checkpoint(tmp_path / "a", merges=merges)

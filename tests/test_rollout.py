@@ -57,7 +57,7 @@ def test_a_batch_rolls_out_what_inference_does(checkpoint):
     model = registry.build(checkpoint.model)
     registry.load(model, checkpoint.weight)
     with torch.no_grad():
-        out = rollout.roll_out(model, batch_steps(model, found), checkpoint.model.latent)
+        out, _ = rollout.roll_out(model, batch_steps(model, found), checkpoint.model.latent)
     for latents, context in zip(out, found, strict=True):
         plan = checkpoint.model.latent
         ref = Writer(backend, context, plan.num_latents + 1).reason(context)
@@ -79,7 +79,7 @@ def fp64_latents(checkpoint, context):
         [context.pooled.double()] if looks else None,
     )
     with torch.no_grad():
-        return rollout.roll_out(model, steps, checkpoint.model.latent)[0]
+        return rollout.roll_out(model, steps, checkpoint.model.latent)[0][0]
 
 
 def test_the_rollout_is_differentiable_for_full_backpropagation(make_checkpoint):
@@ -91,7 +91,7 @@ def test_the_rollout_is_differentiable_for_full_backpropagation(make_checkpoint)
     steps = batch_steps(model, found)
     leaf = torch.zeros(1, len(found), steps.start_hidden.shape[-1], requires_grad=True)
     steps.start_hidden = steps.start_hidden + leaf
-    rollout.roll_out(model, steps, checkpoint.model.latent)[:, -1].sum().backward()
+    rollout.roll_out(model, steps, checkpoint.model.latent)[0][:, -1].sum().backward()
     assert leaf.grad.abs().amax(dim=(0, 2)).gt(0).all()
 
 
@@ -103,7 +103,7 @@ def test_fewer_latents_and_rounds_can_be_drawn(make_checkpoint):
     found = list(contexts(TorchBackend(checkpoint)))
     plan = replace(checkpoint.model.latent, num_latents=2, rounds=1)
     with torch.no_grad():
-        assert rollout.roll_out(model, batch_steps(model, found), plan).shape[:2] == (2, 2)
+        assert rollout.roll_out(model, batch_steps(model, found), plan)[0].shape[:2] == (2, 2)
 
 
 def test_tables_are_those_of_inference(tiny_checkpoint):

@@ -92,7 +92,10 @@ def test_the_ball_is_where_the_swaps_bring_it(probed: dict[str, list[Clip]]) -> 
             places.append(place)
         words = [("left", "middle", "right")[p] for p in places]
         assert one.row["answer"] == words[-1]
-        assert one.row["cot"] == f"Start {words[0]}. Then {', '.join(words[1:])}."
+        assert [part.split(": ")[1] for part in one.row["cot"].split("Swaps: ")[1].rstrip(".").split(", ")] == words[1:]
+        swaps = one.caption["answer"].split("Swaps: ")[1].rstrip(".").split(", ")
+        assert one.row["cot"].startswith(f"Ball {words[0]}. Swaps: {swaps[0]}: ")
+        assert len(swaps) == len(words) - 1
         assert one.row["metadata"]["num_swaps"] == len(places) - 1
         assert not any(s.shape == "circle" for frame in frames[2:] for s in frame), "the ball must stay hidden"
 

@@ -86,7 +86,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_one_that_was_not(room, tmp_p
     ref = weights(tmp_path / "whole")
     assert all(torch.equal(tensor, ref[name]) for name, tensor in weights(tmp_path / "cut").items())
     left = {path.name for path in (tmp_path / "cut").iterdir()}
-    assert left == {loop.MODEL, loop.METRICS, loop.SETTINGS, loop.FRAMES, run_directory.LOGS}
+    assert left == {loop.MODEL, loop.METRICS, loop.SETTINGS, loop.FRAMES, loop.TOKENS, run_directory.LOGS}
 
 
 def test_a_log_goes_on_where_the_state_is(tmp_path):

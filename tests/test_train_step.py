@@ -52,6 +52,12 @@ def a_batch(checkpoint, rows, folder):
     return collate([questions[0], questions[1]])
 
 
+def encoded(batch, tokens):
+    """Return a batch whose videos come as what the tower made of them."""
+    known = torch.ones(len(batch.ids), dtype=torch.bool)
+    return replace(batch, tokens=torch.cat(tokens), encoded=known, pixels=batch.pixels[:0])
+
+
 # --- drawn --------------------------------------------------------------------------------------------------------
 
 
@@ -201,21 +207,21 @@ def test_bf16_errs_no_more_than_a_model_wholly_in_bf16(make_checkpoint, rows, tm
     trainee = {kind: Trainee(learner.build(checkpoint, QUICK), QUICK) for kind in ("fp32", "fp64", "bf16", "auto")}
     trainee["fp64"].double()
     trainee["bf16"].bfloat16()
+    tokens = trainee["fp32"]._video_tokens(batch)
     found = {}
-    for kind, one in trainee.items():
-        if kind in ("fp64", "bf16"):  # the tower is frozen and in fp32 for all
-            dtype = one.model.lm_head.weight.dtype
-            one._kept = {row: tokens.to(dtype) for row, tokens in trainee["fp32"]._kept.items()}
+    for kind, one in trainee.items():  # the tower is frozen and in fp32 for all
+        dtype = torch.float32 if kind == "auto" else one.model.lm_head.weight.dtype
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "auto"):
-            found[kind] = logits_and_latents(one, batch, drawn)
+            found[kind] = logits_and_latents(one, encoded(batch, [part.to(dtype) for part in tokens]), drawn)
     for out, exact, plain in zip(found["auto"][1:], found["fp64"][1:], found["bf16"][1:], strict=True):
         assert_close(out.bfloat16(), exact, plain=plain.bfloat16())
     loss = found["auto"][0]
     assert loss.dtype == torch.float32
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in trainee["auto"].parameters())
-    for row, tokens in trainee["auto"]._kept.items():
-        assert torch.equal(tokens, trainee["fp32"]._kept[row])  # of a frozen tower, in fp32 whatever the precision
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = trainee["auto"]._video_tokens(batch)
+    assert all(torch.equal(a, b) for a, b in zip(autocast, tokens, strict=True))  # a frozen tower's
 
 
 @pytest.mark.parametrize("bptt", ["0", "1", "full"])
@@ -273,3 +279,26 @@ def test_the_scale_of_latents_is_trained_where_something_reaches_it(checkpoint):
     for bptt, learns in (("0", False), ("1", True), ("full", True)):
         model = learner.build(checkpoint, replace(QUICK, objective=Objective(bptt=bptt)))
         assert model.latent_injection.rho.requires_grad == learns
+
+
+@pytest.mark.parametrize("hides_video", [False, True])
+@pytest.mark.parametrize("latent", [SMALL["latent"], PARALLEL], ids=["recurrent", "parallel"])
+def test_an_answer_behind_the_rollout_is_that_of_a_whole_pass(make_checkpoint, rows, tmp_path, latent, hides_video):
+    """Catches positions, masks or padding of answers that go on from the rollout's cache, and gradient that is lost."""
+    checkpoint = make_checkpoint(**{**SMALL, "latent": latent})
+    batch = a_batch(checkpoint, rows, tmp_path)
+    settings = replace(QUICK, objective=Objective(bptt="full"))
+    found = []
+    for goes_on in (True, False):
+        trainee = Trainee(learner.build(checkpoint, settings), settings).double()
+        trainee._stops_at_length = lambda goes_on=goes_on: goes_on
+        tokens = [part.double() for part in Trainee(learner.build(checkpoint, settings), settings)._video_tokens(batch)]
+        step = trainee(encoded(batch, tokens), Draw(latent.get("rounds", 1), hides_video))
+        step.loss.total.backward()
+        found.append((step, {name: p.grad for name, p in trainee.named_parameters() if p.grad is not None}))
+    (out, grads), (ref, ref_grads) = found
+    torch.testing.assert_close(tuple(out.loss), tuple(ref.loss), rtol=1e-9, atol=1e-12)
+    assert torch.equal(out.right, ref.right)
+    assert grads.keys() == ref_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, ref_grads[name], rtol=1e-6, atol=1e-9, msg=name)

@@ -10,14 +10,14 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 
 from vlrt import config
@@ -27,6 +27,7 @@ from vlrt.hf_config import DType, Layout, hf_config, stored_name
 from vlrt.tokenizer import CHAT_TEMPLATE
 
 Floats = npt.NDArray[np.float32]
+Merge = tuple[str, str]
 
 _VISION = {"patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "in_channels": 3, "hidden_act": "silu"}
 _VISION |= {"window_size": 112, "tokens_per_second": 2.0}
@@ -100,22 +101,22 @@ SPECIAL_TOKENS = {
 QWEN_FIRST_SPECIAL = 151_643
 
 # A few merges, so that tokens and words are not single bytes everywhere; "Ġ" is the space of byte-level BPE.
-_MERGES = (
-    "t h",
-    "th e",
-    "i n",
-    "e r",
-    "o n",
-    "a n",
-    "an d",
-    "Ġ the",
-    "Ġ a",
-    "Ġ t",
-    "in g",
-    "o u",
-    "y ou",
-    "Ġ s",
-    "Ġ w",
+MERGES: tuple[Merge, ...] = (
+    ("t", "h"),
+    ("th", "e"),
+    ("i", "n"),
+    ("e", "r"),
+    ("o", "n"),
+    ("a", "n"),
+    ("an", "d"),
+    ("Ġ", "the"),
+    ("Ġ", "a"),
+    ("Ġ", "t"),
+    ("in", "g"),
+    ("o", "u"),
+    ("y", "ou"),
+    ("Ġ", "s"),
+    ("Ġ", "w"),
 )
 _PIECES = (  # how Qwen's tokenizer splits text before BPE: contractions, words, single digits, punctuation, space
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -135,6 +136,8 @@ def write_checkpoint(
     dtype: DType = "float32",
     shard_bytes: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    merges: Sequence[Merge] = MERGES,
+    chat_template: str = CHAT_TEMPLATE,
     randomize_all: bool = False,
 ) -> Path:
     """Write an untrained checkpoint directory and return its path.
@@ -150,6 +153,8 @@ def write_checkpoint(
         dtype: of every tensor; bfloat16 is rounded to nearest even.
         shard_bytes: write shards of at most this size (one tensor at least) and an index; None: one file.
         overrides: dotted fields of config.Model, e.g. {"decoder.num_layers": 1, "video.max_frames": 8}.
+        merges: of the byte-level BPE tokenizer, in order, e.g. of `learn_merges`.
+        chat_template: jinja2, as transformers reads it.
         randomize_all: also draw what would start at 0 or 1 (norms, biases, fc2, alpha), and move rho: for parity tests.
 
     Raises:
@@ -167,10 +172,11 @@ def write_checkpoint(
         raise CheckpointError(f"cannot write {directory}: {error.strerror}; choose another place") from error
     if taken:
         raise ConfigError(f"{directory} exists and is not an empty directory; accepted: a new or an empty one")
-    model = fresh_model(shape, family=family, latent=latent, tie=tie, overrides=overrides)
+    model = fresh_model(shape, family=family, latent=latent, tie=tie, overrides=overrides, num_merges=len(merges))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory, model, layout, dtype, shard_bytes, _Weights(seed, dtype, model, randomize_all))
+        _write_companions(directory, model, merges, chat_template)
     except BaseException as error:
         shutil.rmtree(directory, ignore_errors=True)
         if isinstance(error, OSError):
@@ -186,8 +192,12 @@ def fresh_model(
     latent: Mapping[str, Any] | None = DEFAULT_LATENT,
     tie: bool | None = None,
     overrides: Mapping[str, Any] | None = None,
+    num_merges: int | None = None,
 ) -> config.Model:
-    """Return the config of a fresh checkpoint without writing one. Arguments and errors as `write_checkpoint`."""
+    """Return the config of a fresh checkpoint without writing one. Arguments and errors as `write_checkpoint`.
+
+    `num_merges` of the tokenizer (None: of MERGES) decides where the special tokens stand in a small vocabulary.
+    """
     if shape not in SHAPES:
         raise ConfigError(f"shape is {shape!r}; accepted: {', '.join(SHAPES)}")
     parts: dict[str, Any] = {name: dict(part) for name, part in SHAPES[shape].items()}
@@ -197,7 +207,8 @@ def fresh_model(
         parts["vision"] |= {"window_size": 0, "full_attention_layers": [], "tokens_per_second": None}
     if tie is not None:
         parts["decoder"]["tie_word_embeddings"] = tie
-    ids = special_ids(parts["decoder"]["vocab_size"])
+    vocab_size = (overrides or {}).get("decoder.vocab_size", parts["decoder"]["vocab_size"])
+    ids = special_ids(vocab_size, num_merges)
     parts["tokens"] = {f"{kind}_token_id": ids[f"<|{kind}_pad|>"] for kind in ("image", "video")}
     parts["tokens"] |= {f"vision_{end}_token_id": ids[f"<|vision_{end}|>"] for end in ("start", "end")}
     parts["tokens"] |= {"eos_token_ids": [ids["<|im_end|>"], ids["<|endoftext|>"]]}
@@ -218,18 +229,30 @@ def fresh_model(
     return config.from_dict(config.Model, {"family": family, **parts})
 
 
-def special_ids(vocab_size: int) -> dict[str, int]:
+def special_ids(vocab_size: int, num_merges: int | None = None) -> dict[str, int]:
     """Return the ids of SPECIAL_TOKENS: Qwen2.5-VL's own where the vocabulary has them, else those after the merges."""
     if vocab_size > QWEN_FIRST_SPECIAL + max(SPECIAL_TOKENS.values()):
         return {token: QWEN_FIRST_SPECIAL + place for token, place in SPECIAL_TOKENS.items()}
-    return {token: 256 + len(_MERGES) + i for i, token in enumerate(SPECIAL_TOKENS)}
+    first = 256 + (len(MERGES) if num_merges is None else num_merges)
+    return {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
+
+
+def learn_merges(texts: Iterable[str], num_merges: int) -> list[Merge]:
+    """Return the byte-pair merges (arXiv 1508.07909) that fit texts best, at most `num_merges`, in order."""
+    core = tokenizers.Tokenizer(BPE())
+    core.normalizer, core.pre_tokenizer = normalizers.NFC(), _splitter()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + num_merges, initial_alphabet=alphabet, show_progress=False, min_frequency=1
+    )
+    core.train_from_iterator(texts, trainer)
+    return [(left, right) for left, right in json.loads(core.to_str())["model"]["merges"]]
 
 
 def _write(
     directory: Path, model: config.Model, layout: Layout, dtype: DType, shard_bytes: int | None, draw: "_Weights"
 ) -> None:
     _write_json(directory / "config.json", hf_config(model, layout=layout, dtype=dtype))
-    _write_companions(directory, model)
     tensors = expected_tensors(model)
     shards = _shards(tensors, draw.value_bytes, shard_bytes)
     for file, names in shards.items():
@@ -325,11 +348,11 @@ def _write_safetensors(file: Path, tensors: Mapping[str, tuple[str, Shape]], dra
                 out.write(block)
 
 
-def _write_companions(directory: Path, model: config.Model) -> None:
+def _write_companions(directory: Path, model: config.Model, merges: Sequence[Merge], chat_template: str) -> None:
     """Write tokenizer, chat template, preprocessor and generation settings."""
-    v, ids = model.vision, special_ids(model.decoder.vocab_size)
-    (directory / "tokenizer.json").write_text(_tokenizer(ids).to_str(pretty=True), encoding="utf-8")
-    settings: dict[str, Any] = {"tokenizer_class": "Qwen2Tokenizer", "chat_template": CHAT_TEMPLATE}
+    v, ids = model.vision, special_ids(model.decoder.vocab_size, len(merges))
+    (directory / "tokenizer.json").write_text(_tokenizer(ids, merges).to_str(pretty=True), encoding="utf-8")
+    settings: dict[str, Any] = {"tokenizer_class": "Qwen2Tokenizer", "chat_template": chat_template}
     settings |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None, "unk_token": None}
     settings |= {"model_max_length": model.decoder.max_positions, "clean_up_tokenization_spaces": False}
     settings |= {"added_tokens_decoder": {str(i): {"content": t, "special": True} for t, i in ids.items()}}
@@ -351,19 +374,23 @@ def _write_companions(directory: Path, model: config.Model) -> None:
     _write_json(directory / "generation_config.json", answer)
 
 
-def _tokenizer(ids: Mapping[str, int]) -> tokenizers.Tokenizer:
-    """Return a byte-level BPE tokenizer: Qwen's splitting rule, a few merges, and the special tokens at their ids."""
-    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges = [(left, right) for left, right in (merge.split(" ") for merge in _MERGES)]
-    vocab |= {left + right: 256 + i for i, (left, right) in enumerate(merges)}
-    core = tokenizers.Tokenizer(BPE(vocab={**vocab, **ids}, merges=merges))
-    core.normalizer = normalizers.NFC()
-    core.pre_tokenizer = pre_tokenizers.Sequence(
+def _splitter() -> Any:
+    """Return Qwen's rule of what merges never cross."""
+    return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(tokenizers.Regex(_PIECES), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+def _tokenizer(ids: Mapping[str, int], merges: Sequence[Merge]) -> tokenizers.Tokenizer:
+    """Return a byte-level BPE tokenizer: Qwen's splitting rule, the merges, and the special tokens at their ids."""
+    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocab |= {left + right: 256 + i for i, (left, right) in enumerate(merges)}
+    core = tokenizers.Tokenizer(BPE(vocab={**vocab, **ids}, merges=list(merges)))
+    core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = _splitter()
     core.post_processor = processors.ByteLevel(trim_offsets=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ids])

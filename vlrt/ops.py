@@ -3,6 +3,8 @@
 Importing it loads torch and registers the ops. Knows no model.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,6 @@ OPS = tuple(vlrt.kernels.schema.SCHEMAS)
 
 video_attention = torch.ops.vlrt.video_attention
 segment_attention = torch.ops.vlrt.segment_attention
-latent_injection = torch.ops.vlrt.latent_injection
-rms_norm = torch.ops.vlrt.rms_norm
 
 
 def supported(op: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
@@ -34,6 +34,24 @@ def supported(op: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) 
     if len(shape) < 2:
         return f"{op} takes tensors of 2 axes or more, not {list(shape)}"
     return None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `kernels.reference.rms_norm`."""
+    run = vlrt.kernels.reference.rms_norm if _learns_on_cpu(x) else torch.ops.vlrt.rms_norm
+    return run(x, weight, eps)
+
+
+def latent_injection(h: Tensor, *rest: Tensor | int | float) -> Tensor:
+    """See `kernels.reference.latent_injection`."""
+    run: Any = vlrt.kernels.reference.latent_injection if _learns_on_cpu(h) else torch.ops.vlrt.latent_injection
+    out: Tensor = run(h, *rest)
+    return out
+
+
+def _learns_on_cpu(x: Tensor) -> bool:
+    """Whether to call the reference itself: as an op, its backward would run it a second time."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

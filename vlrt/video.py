@@ -127,6 +127,8 @@ def load(
 def _load_video(
     source: str | bytes, name: str, video: Video, vision: Vision, num_frames: int | None, fps: float | None
 ) -> Frames:
+    from av.video.reformatter import VideoReformatter
+
     with Container(source, name, video) as container:
         times = list_frames(container)
         total = len(times.keys)
@@ -138,9 +140,10 @@ def _load_video(
         data = np.empty((0, 0, 0, 3), np.uint8)
         height = width = 0
         matrix = None
+        to_rgb = VideoReformatter()  # one for all frames: making swscale's tables takes longer than using them
         for i, frame in enumerate(decode_frames(container, times, indices.tolist())):
             matrix = _display_matrix(frame) if i == 0 else matrix
-            picture = _upright(frame, matrix)
+            picture = _upright(to_rgb.reformat(frame, format="rgb24"), matrix)
             if i == 0:
                 height, width = picture.shape[:2]
                 data = np.empty((count, *frame_size(height, width, count, video, vision), 3), np.uint8)
@@ -198,8 +201,8 @@ def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int] | None:
 
 
 def _upright(frame: VideoFrame, matrix: tuple[int, int, int, int] | None) -> NDArray[np.uint8]:
-    """Return a decoded frame as [H, W, 3] uint8 RGB, turned by quarters and mirrored as the display matrix says."""
-    picture: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")  # type: ignore[assignment]  # rgb24 is uint8
+    """Return an RGB frame as [H, W, 3] uint8, turned by quarters and mirrored as the display matrix says."""
+    picture: NDArray[np.uint8] = frame.to_ndarray()  # type: ignore[assignment]  # rgb24 is uint8
     if matrix is None:
         return picture
     a, b, c, d = matrix

@@ -30,7 +30,8 @@ class Sample:
         ids: [S] int64, with a pad token per video token and per slot.
         at: [3, S] int64, M-RoPE positions; all after the video are text, slots included.
         labels: [S] int64: the token's own id where it is to be predicted (from the one before it), else IGNORED.
-        pixels: [n, patch_dim] float32, the video's patches as the vision tower reads them.
+        pixels: [n, patch_dim] float32, the video's patches as the vision tower reads them; none where there are tokens.
+        tokens: [N, C] float32, what the tower made of them earlier; N = 0 where that is not known.
         grid_thw: patches of the video.
         seconds_per_temporal_patch: fractional.
         is_image: one still picture, without time.
@@ -51,6 +52,7 @@ class Sample:
     at: Tensor
     labels: Tensor
     pixels: Tensor
+    tokens: Tensor
     grid_thw: tuple[int, int, int]
     seconds_per_temporal_patch: float
     is_image: bool
@@ -79,7 +81,9 @@ class Batch:
         lengths: [B] int64, tokens without padding.
         prompt_lengths: [B] int64.
         next_positions: [B] int64.
-        pixels: [sum of n, patch_dim] float32, one sample after the other.
+        pixels: [sum of n, patch_dim] float32, one sample after the other, of those that are not encoded.
+        tokens: [sum of N, C] float32, of those that are.
+        encoded: [B] bool.
         grid_thw: [B, 3] int64.
         seconds_per_temporal_patch: [B] float64.
         is_image: [B] bool.
@@ -103,6 +107,8 @@ class Batch:
     prompt_lengths: Tensor
     next_positions: Tensor
     pixels: Tensor
+    tokens: Tensor
+    encoded: Tensor
     grid_thw: Tensor
     seconds_per_temporal_patch: Tensor
     is_image: Tensor
@@ -138,6 +144,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
         prompt_lengths=torch.tensor([sample.prompt_length for sample in samples]),
         next_positions=torch.tensor([sample.next_position for sample in samples]),
         pixels=torch.cat([sample.pixels for sample in samples]),
+        tokens=torch.cat([sample.tokens for sample in samples]),
+        encoded=torch.tensor([len(sample.tokens) > 0 for sample in samples]),
         grid_thw=torch.tensor([sample.grid_thw for sample in samples]),
         seconds_per_temporal_patch=torch.tensor(
             [sample.seconds_per_temporal_patch for sample in samples], dtype=torch.float64

@@ -18,6 +18,7 @@ from vlrt.errors import ConfigError, VideoError
 from vlrt.train.batch import Batch, Range, Sample, collate
 from vlrt.train.frame_cache import FrameCache
 from vlrt.train.objective import IGNORED
+from vlrt.train.token_cache import Encoded, TokenCache
 from vlrt.train.triplets import BadRow, Triplet, describe
 
 __all__ = ["Batch", "Sample", "System", "VideoQuestions", "collate", "encode", "loader"]
@@ -40,6 +41,7 @@ class VideoQuestions(Dataset[Sample]):
         model: samples videos by `model.video`; gives ids, sizes and the number of latents.
         system: what is trained.
         cache: a directory for decoded frames.
+        tokens: of a frozen vision tower; videos that are encoded there are not decoded.
         tells_answer: also make the prompts that a teacher reads.
 
     Raises:
@@ -54,6 +56,7 @@ class VideoQuestions(Dataset[Sample]):
         system: System,
         cache: str | Path,
         *,
+        tokens: TokenCache | None = None,
         tells_answer: bool = False,
     ) -> None:
         if system not in get_args(System):
@@ -65,7 +68,7 @@ class VideoQuestions(Dataset[Sample]):
         self._rows = rows
         self._checkpoint, self._model, self._system = checkpoint, model, system
         self._tells_answer = tells_answer
-        self._cache = FrameCache(cache, model)
+        self._cache, self._tokens = FrameCache(cache, model), tokens
         self._opened: prompt.Tokenizer | None = None
 
     def __len__(self) -> int:
@@ -96,12 +99,13 @@ class VideoQuestions(Dataset[Sample]):
         if self._opened is None:
             self._opened = prompt.Tokenizer.open(self._checkpoint)
         try:
-            frames = self._cache.load(row.video)
+            clip: preprocess.Patches | Encoded | None = self._tokens.load(row.video) if self._tokens else None
+            if clip is None:
+                clip = preprocess.patchify(self._cache.load(row.video), self._model.video, self._model.vision)
         except VideoError as error:
             return BadRow(row.line, row.number, str(error))
-        patches = preprocess.patchify(frames, self._model.video, self._model.vision)
         try:
-            return encode(row, patches, self._opened, self._model, self._system, tells_answer=self._tells_answer)
+            return encode(row, clip, self._opened, self._model, self._system, tells_answer=self._tells_answer)
         except ConfigError as error:
             return BadRow(row.line, row.number, str(error))
 
@@ -126,20 +130,20 @@ def loader(
 
 def encode(
     row: Triplet,
-    patches: preprocess.Patches,
+    clip: preprocess.Patches | Encoded,
     tokenizer: prompt.Tokenizer,
     model: config.Model,
     system: System,
     *,
     tells_answer: bool = False,
 ) -> Sample:
-    """Return one triplet as the sequence that a system is trained on.
+    """Return one triplet, with its video as patches or as tokens, as the sequence that a system is trained on.
 
     Raises:
         ConfigError: "cot" and the row has no chain of thought, or the sequence exceeds the model's positions.
     """
-    seconds = 0.0 if patches.is_image else patches.seconds_per_temporal_patch
-    media = prompt.Media(patches.is_image, patches.grid_thw, seconds)
+    seconds = 0.0 if clip.is_image else clip.seconds_per_temporal_patch
+    media = prompt.Media(clip.is_image, clip.grid_thw, seconds)
     reasoning: prompt.Reasoning = "latent" if system == "pause" else system
     built = prompt.build(tokenizer, model, row.asked, [media], reasoning=reasoning)
     (span,) = built.spans
@@ -161,10 +165,11 @@ def encode(
         ids=torch.from_numpy(ids),
         at=torch.from_numpy(at),
         labels=torch.from_numpy(labels),
-        pixels=torch.from_numpy(patches.pixels),
-        grid_thw=patches.grid_thw,
+        pixels=torch.zeros(0, model.vision.patch_dim) if isinstance(clip, Encoded) else torch.from_numpy(clip.pixels),
+        tokens=clip.tokens if isinstance(clip, Encoded) else torch.zeros(0, model.decoder.hidden_size),
+        grid_thw=clip.grid_thw,
         seconds_per_temporal_patch=seconds,
-        is_image=patches.is_image,
+        is_image=clip.is_image,
         prompt_length=prompt_length,
         next_position=int(at[0, prompt_length]),
         video=(span.start, span.start + span.num_tokens),

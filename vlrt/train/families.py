@@ -76,7 +76,9 @@ def direction(cast: Cast, kind: str, slot: int) -> Scene:
     frames = [(_sprite(other, *there), _sprite(named, *here)) for here, there in zip(*paths, strict=True)]
     seen = " ".join(f"({int(10 * x)},{int(10 * y)})" for x, y in paths[0][:: max(1, cast.num_frames // 5)])
     cot = f"The {_name(named)} is at {seen}: {ways[0]}."
-    return _scene(cast, f"Which way does the {_name(named)} move?", slot, names, cot, frames)
+    moves = zip((named, other), ways, strict=True)
+    caption = " ".join(sorted(f"The {_name(look)} moves {way}." for look, way in moves))
+    return _scene(cast, f"Which way does the {_name(named)} move?", slot, names, caption, cot, frames)
 
 
 def speed(cast: Cast, kind: str, slot: int) -> Scene:
@@ -93,9 +95,10 @@ def speed(cast: Cast, kind: str, slot: int) -> Scene:
     ]
     colours = [colour for colour, _ in looks]
     seen = ", ".join(f"{c} {round(100 * s)}" for c, s in zip(colours, speeds, strict=True))
-    return _scene(
-        cast, f"Which shape is the {kind}?", slot, colours, f"Steps: {seen}. The {kind} is {colours[slot]}.", frames
-    )
+    cot = f"Steps: {seen}. The {kind} is {colours[slot]}."
+    by_lane = (f"{_name(looks[i])} {round(100 * speeds[i])}" for i in sorted(range(3), key=lanes.__getitem__))
+    caption = f"Steps from top to bottom: {', '.join(by_lane)}."
+    return _scene(cast, f"Which shape is the {kind}?", slot, colours, caption, cot, frames)
 
 
 def counting(cast: Cast, kind: str, slot: int) -> Scene:
@@ -107,7 +110,8 @@ def counting(cast: Cast, kind: str, slot: int) -> Scene:
     ask = {"switch": "switch between full and hollow", "jump": "jump", "turn": "turn back"}[kind]
     seen = " ".join(f"{i} at {t}," for i, t in enumerate(times, 1))
     cot = f"Events: {seen} so {len(times)}."
-    return _scene(cast, f"How often does the {_name(look)} {ask}?", slot, "1234", cot, frames)
+    caption = f"The {_name(look)}: {', '.join(f'{kind} at {t // 2}' for t in times)}."
+    return _scene(cast, f"How often does the {_name(look)} {ask}?", slot, "1234", caption, cot, frames)
 
 
 def first(cast: Cast, kind: str, slot: int) -> Scene:
@@ -126,7 +130,9 @@ def first(cast: Cast, kind: str, slot: int) -> Scene:
     colours = [colour for colour, _ in looks]
     seen = ", ".join(f"{colours[i]} at {turns[i]}" for i in sorted(range(3), key=turns.__getitem__))
     cot = f"Events: {seen}. First is {colours[slot]}."
-    return _scene(cast, f"Which shape {ask} first?", slot, colours, cot, frames)
+    in_time = (f"the {_name(looks[i])}: {kind} at {turns[i] // 2}" for i in sorted(range(3), key=turns.__getitem__))
+    caption = f"In time: {', '.join(in_time)}."
+    return _scene(cast, f"Which shape {ask} first?", slot, colours, caption, cot, frames)
 
 
 def collision(cast: Cast, kind: str, slot: int) -> Scene:
@@ -156,7 +162,9 @@ def collision(cast: Cast, kind: str, slot: int) -> Scene:
         ask = f"Do {both} bounce off each other?"
     else:
         names, ask = "0123", f"How often do {both} bounce off each other?"
-    return _scene(cast, ask, slot, names, f"They meet: {seen}. So {names[slot]}.", frames)
+    pair = " and ".join(sorted(_name(look) for look in looks))
+    caption = f"A {pair} meet: {seen}."
+    return _scene(cast, ask, slot, names, caption, f"They meet: {seen}. So {names[slot]}.", frames)
 
 
 def occlusion(cast: Cast, kind: str, slot: int) -> Scene:
@@ -188,11 +196,14 @@ def cups(cast: Cast, kind: str, slot: int) -> Scene:
             moved = {a: (xs[a] + part * (xs[b] - xs[a]), 0.6 - lift), b: (xs[b] + part * (xs[a] - xs[b]), 0.6 + lift)}
             frames.append(tuple(Sprite("cup", colour, *moved.get(i, (xs[i], 0.6)), 0.12) for i in range(3)))
     frames += [rest] * FRAMES_AFTER_SWAPS
-    cot = f"Start {PLACES[held[0]]}. Then {', '.join(PLACES[h] for h in held[1:])}."
+    pairs = [f"{PLACES[a]} {PLACES[b]}" for a, b in swaps]
+    caption = f"Ball {PLACES[held[0]]}. Swaps: {', '.join(pairs)}."
+    followed = ", ".join(f"{pair}: {PLACES[place]}" for pair, place in zip(pairs, held[1:], strict=True))
+    cot = f"Ball {PLACES[held[0]]}. Swaps: {followed}."
     moves = sum(a != b for a, b in itertools.pairwise(held))
     facts: Facts = {"num_swaps": len(swaps), "num_moves": moves, "start": PLACES[held[0]]}
     ask = "The cups are swapped. Where is the ball at the end?"
-    return _scene(cast, ask, slot, PLACES, cot, frames, facts)
+    return _scene(cast, ask, slot, PLACES, caption, cot, frames, facts)
 
 
 FAMILIES = {
@@ -229,9 +240,10 @@ def _came_out(cast: Cast, kind: str, slot: int) -> Scene:
         for t, x in enumerate(xs)
     ]
     inn, out = ([_name(looks[lanes.index(lane)]) for lane in range(3)] for lanes in (before, after))
-    cot = f"In: {', '.join(inn)}. Out: {', '.join(out)}. So {looks[slot][part]}."
+    caption = f"In: {', '.join(inn)}. Out: {', '.join(out)}."
     ask = f"What {kind} came out where the {_name(looks[asked])} went in?"
-    return _scene(cast, ask, slot, [look[part] for look in looks], cot, frames)
+    cot = f"{caption} So {looks[slot][part]}."
+    return _scene(cast, ask, slot, [look[part] for look in looks], caption, cot, frames)
 
 
 def _changed(cast: Cast, slot: int) -> Scene:
@@ -244,8 +256,9 @@ def _changed(cast: Cast, slot: int) -> Scene:
     wall, xs = _behind_wall(cast)
     y = float(cast.rng.uniform(0.2, 0.8))
     frames = [(_sprite(after if 2 * t >= len(xs) else before, x, y), wall) for t, x in enumerate(xs)]
-    cot = f"In: {_name(before)}. Out: {_name(after)}. Changed: {names[slot]}."
-    return _scene(cast, "What changed behind the wall?", slot, names, cot, frames)
+    caption = f"In: {_name(before)}. Out: {_name(after)}."
+    cot = f"{caption} Changed: {names[slot]}."
+    return _scene(cast, "What changed behind the wall?", slot, names, caption, cot, frames)
 
 
 def _behind_wall(cast: Cast) -> tuple[Sprite, list[float]]:
@@ -294,10 +307,11 @@ def _scene(
     question: str,
     slot: int,
     candidates: Sequence[str],
+    caption: str,
     cot: str,
     frames: Sequence[tuple[Sprite, ...]],
     facts: Facts | None = None,
 ) -> Scene:
     background = int(cast.rng.integers(15, 60))
     names = tuple(candidates)
-    return Scene(question, names[slot], names, cot, tuple(frames), background, facts or {})
+    return Scene(question, names[slot], names, caption, cot, tuple(frames), background, facts or {})

@@ -20,6 +20,7 @@ from vlrt.train.run_directory import MODEL
 from vlrt.train.settings import Lora, Settings
 from vlrt.train.system import Draw, Trainee, draw
 from vlrt.train.teacher import Teacher
+from vlrt.train.token_cache import TokenCache
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FINAL_SHARE = 0.1  # of the learning rate's peak, at the end of the cosine
@@ -28,9 +29,11 @@ FINAL_SHARE = 0.1  # of the learning rate's peak, at the end of the cosine
 class Learner:
     """A model, its optimizer and its teacher, in this process's share of them."""
 
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, processes: PartialState) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, settings: Settings, processes: PartialState, tokens: TokenCache | None = None
+    ) -> None:
         self._checkpoint, self._settings, self._processes = checkpoint, settings, processes
-        self.trainee = Trainee(build(checkpoint, settings), settings).to(processes.device).train()
+        self.trainee = Trainee(build(checkpoint, settings), settings, tokens).to(processes.device).train()
         sharding.shard(self.trainee, processes.device)
         self._trained = {name: p for name, p in self.trainee.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(groups(self._trained, settings), lr=settings.learning_rate)

@@ -17,13 +17,15 @@ from accelerate import PartialState
 from vlrt.checkpoint import Checkpoint
 from vlrt.train import order, prepare, run_directory, sharding, triplets
 from vlrt.train.data import VideoQuestions, loader
+from vlrt.train.frame_cache import FrameCache
 from vlrt.train.learner import Learner, autocast, has_teacher
 from vlrt.train.objective import IGNORED
-from vlrt.train.run_directory import FRAMES, METRICS, MODEL, SETTINGS, STATE
+from vlrt.train.run_directory import FRAMES, METRICS, MODEL, SETTINGS, STATE, TOKENS
 from vlrt.train.settings import Settings
 from vlrt.train.system import Draw, Trainee, check
+from vlrt.train.token_cache import TokenCache, tower_hash
 
-__all__ = ["FRAMES", "METRICS", "MODEL", "SETTINGS", "STATE", "Evaluation", "begin", "evaluate", "train"]
+__all__ = ["FRAMES", "METRICS", "MODEL", "SETTINGS", "STATE", "TOKENS", "Evaluation", "begin", "evaluate", "train"]
 
 Report = Callable[[int, dict[str, float]], None]  # steps done, and what was measured
 
@@ -64,13 +66,15 @@ def train(
     settings: Settings,
     *,
     validation: Path | None = None,
+    cache: Path | None = None,
     report: Report | None = None,
 ) -> Path:
     """Train a checkpoint on triplets; return the directory of the trained one, `out`/model.
 
     `out` also holds the settings, a line of metrics per step, TensorBoard logs, cached frames and, until the run ends,
     the state to go on from. Calling it again with the same arguments goes on; a finished run returns at once. Processes
-    that torchrun started train together, each with `batch_size` samples at a time.
+    that torchrun started train together, each with `batch_size` samples at a time. Runs on the same videos may share
+    their frames, and video tokens where the tower is frozen: `cache` is a directory for them, in place of `out`.
 
     Raises:
         CheckpointError: the checkpoint cannot be used, or `out` cannot be written.
@@ -91,9 +95,14 @@ def train(
     processes.wait_for_everyone()
     bad = triplets.BadRows(data, settings.max_bad_rows)
     bad.add(found.bad)
-    questions = _dataset(found.rows, checkpoint, settings, out, tells_answer=has_teacher(settings))
-    held_out = _dataset(held_out_rows, checkpoint, settings, out) if held_out_rows else None
-    learner = Learner(checkpoint, settings, processes)
+    frames, tokens = (cache or out) / FRAMES, None
+    if settings.max_token_bytes and not settings.train_vision:
+        named = FrameCache(frames, checkpoint.model)
+        tokens = TokenCache((cache or out) / TOKENS, named, tower_hash(checkpoint), settings.max_token_bytes)
+    base = (checkpoint.path, checkpoint.model, settings.system, frames)
+    questions = VideoQuestions(found.rows, *base, tokens=tokens, tells_answer=has_teacher(settings))
+    held_out = VideoQuestions(held_out_rows, *base, tokens=tokens) if held_out_rows else None
+    learner = Learner(checkpoint, settings, processes, tokens)
     step = learner.load(out)
     batches = order.batches(questions, settings, step)
     with run_directory.log(out, step) if processes.is_main_process else contextlib.nullcontext() as log:
@@ -142,15 +151,3 @@ def evaluate(trainee: Trainee, questions: VideoQuestions, settings: Settings) ->
 def _on_cpu() -> bool:
     """Whether there is no GPU: accelerate must be told, or it starts no group for processes on CPUs."""
     return not torch.accelerator.is_available()
-
-
-def _dataset(
-    rows: tuple[triplets.Triplet, ...],
-    checkpoint: Checkpoint,
-    settings: Settings,
-    out: Path,
-    *,
-    tells_answer: bool = False,
-) -> VideoQuestions:
-    frames = out / FRAMES
-    return VideoQuestions(rows, checkpoint.path, checkpoint.model, settings.system, frames, tells_answer=tells_answer)

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlrt.errors import ConfigError
-
 IGNORED = -100  # label of positions that predict nothing, PyTorch's own default
 
 
@@ -41,22 +39,16 @@ def targets(video_tokens: Tensor, question: Tensor | None, num_latents: int) -> 
     Args:
         video_tokens: [N, C], in order of time.
         question: [Q, C], embeddings of the question, whose mean is qbar; None: uniform weights.
-        num_latents: L; the video is cut at tokens `floor(k N / L)`.
+        num_latents: L; the video is cut at tokens `floor(k N / L)`. Of fewer tokens than latents, each part has one,
+            and neighbours may have the same.
 
     Returns:
         [L, C], without gradient.
-
-    Raises:
-        ConfigError: there are fewer tokens than latents.
     """
     num_tokens, width = video_tokens.shape
-    if num_tokens < num_latents:
-        raise ConfigError(
-            f"a video of {num_tokens} tokens has no {num_latents} parts; use more frames or fewer latents"
-        )
     video_tokens = video_tokens.detach()
     bounds = [k * num_tokens // num_latents for k in range(num_latents + 1)]
-    parts = [video_tokens[a:b] for a, b in itertools.pairwise(bounds)]
+    parts = [video_tokens[a : max(b, a + 1)] for a, b in itertools.pairwise(bounds)]
     if question is None:
         return torch.stack([part.mean(0) for part in parts])
     mean_question = question.detach().mean(0)

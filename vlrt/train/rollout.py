@@ -5,6 +5,7 @@ model and masks; no data, no loss.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,12 +78,19 @@ class BatchSteps:
         last = torch.tensor(lengths, device=embeds.device) - 1
         self.start_hidden = hidden[torch.arange(len(lengths), device=embeds.device), last][None]  # [1, B, C]
 
-    def feed(self, embeds: Tensor) -> Tensor:
-        """Append embeds [rows, B, C] at each sample's next text positions; return hidden states [rows, B, C]."""
+    def feed(self, embeds: Tensor, hidden_slots: Tensor | None = None) -> Tensor:
+        """Append embeds [rows, B, C] at each sample's next text positions; return hidden states [rows, B, C].
+
+        `hidden_slots` [B, S], S at most the prompts' length, are True where these rows may not look.
+        """
         rows, batch = embeds.shape[:2]
         steps = torch.arange(rows, device=embeds.device)
         at = (self._next[:, None] + steps)[:, None].expand(batch, 3, rows)
-        old = self._valid[:, None].expand(batch, rows, -1)
+        seen = self._valid
+        if hidden_slots is not None:
+            seen = seen.clone()
+            seen[:, : hidden_slots.shape[1]] &= ~hidden_slots
+        old = seen[:, None].expand(batch, rows, -1)
         new = (steps <= steps[:, None]).expand(batch, rows, rows)
         hidden = self._run(embeds.transpose(0, 1), at, torch.cat([old, new], dim=-1))
         self._valid = torch.cat([self._valid, self._valid.new_ones(batch, rows)], dim=1)
@@ -110,15 +118,38 @@ class BatchSteps:
         return hidden
 
 
-def memories(model: VideoLatent, pooled: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return what the injection looks up of each sample's video: pooled [T_v, C] to keys and values [1, T_v, C]."""
-    assert model.latent_injection is not None
+class Memory(NamedTuple):
+    """What the injection looks up of the videos of equal length in a batch.
+
+    Attributes:
+        samples: [G] int64, which samples of the batch they are.
+        keys: [G, T, C].
+        values: [G, T, C].
+    """
+
+    samples: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def memories(model: VideoLatent, pooled: Sequence[Tensor]) -> list[Memory]:
+    """Return what the injection looks up of each sample's video, pooled over space [T_v, C], by length."""
+    injection = model.latent_injection
+    assert injection is not None
+    by_length: dict[int, list[int]] = {}
+    for sample, tokens in enumerate(pooled):
+        by_length.setdefault(len(tokens), []).append(sample)
     with torch.autocast(pooled[0].device.type, enabled=False):
-        return [model.latent_injection.memory(p[None]) for p in pooled]
+        return [
+            Memory(
+                torch.tensor(group, device=pooled[0].device), *injection.memory(torch.stack([pooled[i] for i in group]))
+            )
+            for group in by_length.values()
+        ]
 
 
-def inject(model: VideoLatent, hidden: Tensor, memories: Sequence[tuple[Tensor, Tensor]] | None) -> Tensor:
-    """Map hidden states [B, L, C] to latents [B, L, C]; memories per sample, as their videos differ in length.
+def inject(model: VideoLatent, hidden: Tensor, memories: Sequence[Memory] | None) -> Tensor:
+    """Map hidden states [B, L, C] to latents [B, L, C].
 
     In the dtype of the weights, whatever the precision: the module is small, and its backward recomputes it.
     """
@@ -129,11 +160,12 @@ def inject(model: VideoLatent, hidden: Tensor, memories: Sequence[tuple[Tensor, 
         if memories is None:
             out: Tensor = injection(hidden)
             return out
-        return torch.cat([injection(h[None], m) for h, m in zip(hidden, memories, strict=True)])
+        parts = [injection(hidden[memory.samples], (memory.keys, memory.values)) for memory in memories]
+        return torch.cat(parts)[torch.cat([memory.samples for memory in memories]).argsort()]
 
 
-def roll_out(model: VideoLatent, steps: BatchSteps, plan: config.Latent) -> Tensor:
-    """Return the latents [B, L, C] that the model makes of its prompts, as at inference.
+def roll_out(model: VideoLatent, steps: BatchSteps, plan: config.Latent) -> tuple[Tensor, Tensor]:
+    """Return the latents [B, L, C] that the model makes of its prompts, and the states of the end token [B, 1, C].
 
     Wrap in `torch.no_grad()` for targets of self-forcing. The stop rule is not followed: all samples have L slots.
     """
@@ -142,9 +174,8 @@ def roll_out(model: VideoLatent, steps: BatchSteps, plan: config.Latent) -> Tens
         assert model.latent_injection is not None
         queries = model.latent_injection.queries[: plan.num_latents, None].expand(-1, len(steps.start_hidden[0]), -1)
     end = model.model.embed_tokens.weight[plan.end_token_id].expand(1, len(steps.start_hidden[0]), -1)
-    latents, _ = latent.roll_out(plan, steps, steps.start_hidden, end, queries)
-    out: Tensor = latents.transpose(0, 1)
-    return out
+    latents, ended = latent.roll_out(plan, steps, steps.start_hidden, end, queries)
+    return latents.transpose(0, 1), ended.transpose(0, 1)
 
 
 def cos_sin(at: Tensor, decoder: config.Decoder, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlrt.errors import CheckpointError, ConfigError
 
-MODEL, FRAMES, LOGS = "model", "frames", "logs"
+MODEL, FRAMES, TOKENS, LOGS = "model", "frames", "tokens", "logs"
 STATE, SETTINGS, METRICS = "state.safetensors", "settings.json", "metrics.jsonl"
 
 

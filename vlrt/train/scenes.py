@@ -64,6 +64,7 @@ class Scene:
         question: asks for something that no single frame tells.
         answer: one of `candidates`.
         candidates: the answers that a single frame leaves open, equally likely.
+        caption: what there is to see, in words, without any conclusion from it.
         cot: the reasoning in words, for models that write it.
         frames: what is in each frame, painted in this order.
         background: grey level.
@@ -73,6 +74,7 @@ class Scene:
     question: str
     answer: str
     candidates: tuple[str, ...]
+    caption: str
     cot: str
     frames: tuple[tuple[Sprite, ...], ...]
     background: int = 40

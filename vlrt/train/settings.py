@@ -87,6 +87,7 @@ class Settings:
         eval_every: steps between evaluations; 0: only at the end.
         save_every: steps between saved states, from which a run that was stopped goes on.
         workers: processes that decode videos.
+        max_token_bytes: of what a frozen vision tower made of videos, kept on disk; 0: videos are encoded each time.
         max_bad_rows: bad rows of the data that are skipped before the run is refused.
     """
 
@@ -111,6 +112,7 @@ class Settings:
     eval_every: int = 0
     save_every: int = 200
     workers: int = 2
+    max_token_bytes: int = 8 * 1024**3
     max_bad_rows: int = 20
 
     def __post_init__(self) -> None:
@@ -127,6 +129,7 @@ class Settings:
             ("eval_every", 0, 1e9),
             ("save_every", 1, 1e9),
             ("workers", 0, 1024),
+            ("max_token_bytes", 0, 2**62),
             ("max_bad_rows", 0, 1e9),
         ):
             _within(name, getattr(self, name), low, high)

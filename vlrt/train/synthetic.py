@@ -1,4 +1,4 @@
-"""Writes a data set of made-up clips: mp4 files of moving shapes, and `triplets.jsonl` with questions about them.
+"""Writes a data set of made-up clips: mp4 files of moving shapes, questions about them, and captions.
 
 Clip i of a seed and a split is the same whatever the number of clips, so that a run that was stopped goes on where it
 was, and a data set grows in place. Knows files, splits and balance; what is asked and shown is families.py's.
@@ -37,7 +37,8 @@ Progress = Callable[[int, int], None]  # clips done, clips asked for
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 FORMS: tuple[Form, ...] = ("choice", "free")
-TRIPLETS, SETTINGS, VIDEOS = "triplets.jsonl", "synthetic.json", "videos"
+CAPTIONING = "What happens in the video?"
+TRIPLETS, CAPTIONS, SETTINGS, VIDEOS = "triplets.jsonl", "captions.jsonl", "synthetic.json", "videos"
 MAX_CLIPS = 10_000_000
 CHUNK = 16  # clips that a worker makes per task
 
@@ -101,10 +102,17 @@ class Synthetic:
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip of a data set, not drawn yet; `row` is its line in triplets.jsonl."""
+    """One clip of a data set, not drawn yet.
+
+    Attributes:
+        scene: what it shows.
+        row: its line in triplets.jsonl.
+        caption: its line in captions.jsonl: the answer says what there is to see, for a model to learn to see by.
+    """
 
     scene: Scene
     row: dict[str, Any]
+    caption: dict[str, Any]
 
 
 def clip(settings: Synthetic, index: int) -> Clip:
@@ -125,8 +133,9 @@ def clip(settings: Synthetic, index: int) -> Clip:
     if name == "cups":
         num_frames = FRAMES_BEFORE_SWAPS + FRAMES_PER_SWAP * num_swaps + FRAMES_AFTER_SWAPS
     scene = family.make(Cast(rng, looks, num_frames, num_swaps), kind, slot)
+    video = f"{VIDEOS}/{settings.split}-{index:06d}-{name}.mp4"
     row: dict[str, Any] = {
-        "video": f"{VIDEOS}/{settings.split}-{index:06d}-{name}.mp4",
+        "video": video,
         "question": scene.question,
         "answer": scene.answer,
         "family": name,
@@ -137,7 +146,8 @@ def clip(settings: Synthetic, index: int) -> Clip:
         row["choices"] = [scene.candidates[i] for i in rng.permutation(len(scene.candidates))]
     facts = {"index": index, "seed": settings.seed, "kind": kind, "form": form, "num_frames": num_frames}
     row["metadata"] = {**facts, "candidates": list(scene.candidates), **scene.facts}
-    return Clip(scene, row)
+    caption = {"video": video, "question": CAPTIONING, "answer": scene.caption, "family": f"caption of {name}"}
+    return Clip(scene, row, caption)
 
 
 def write(
@@ -172,8 +182,9 @@ def write(
             if progress:
                 progress(done, num)
             done += finished
-        lines = [json.dumps(clip(settings, i).row) + "\n" for i in range(num)]
-        _replace(out / TRIPLETS, "".join(lines).encode())
+        clips = [clip(settings, i) for i in range(num)]
+        for name, rows in ((CAPTIONS, [made.caption for made in clips]), (TRIPLETS, [made.row for made in clips])):
+            _replace(out / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
     except (OSError, av.FFmpegError) as error:
         raise ConfigError(f"{out} cannot be written: {error}") from error
     if progress:

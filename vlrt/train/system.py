@@ -21,6 +21,7 @@ from vlrt.train import objective, rollout
 from vlrt.train.data import Batch
 from vlrt.train.objective import Loss
 from vlrt.train.settings import Settings
+from vlrt.train.token_cache import Encoded, TokenCache
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,20 @@ def check(settings: Settings, plan: config.Latent | None) -> None:
 
 
 class Trainee(nn.Module):
-    """A model under training."""
+    """A model under training.
 
-    def __init__(self, model: VideoLatent, settings: Settings) -> None:
+    Args:
+        model: the model.
+        settings: of the run.
+        tokens: keeps what a frozen vision tower makes of videos; None: nothing is kept.
+    """
+
+    def __init__(self, model: VideoLatent, settings: Settings, tokens: TokenCache | None = None) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
         self.cfg = model.cfg
-        self._kept: dict[int, Tensor] = {}  # video tokens by row, where the tower is frozen
+        self._tokens = tokens
 
     def forward(self, batch: Batch, drawn: Draw, aims: Tensor | None = None) -> Step:
         """Return the loss of a batch, see `objective`, and which answers the model would have given.
@@ -107,13 +114,16 @@ class Trainee(nn.Module):
         rows, slots = torch.arange(len(batch.ids))[:, None], batch.slots
         prompts = (batch.at, batch.prompt_lengths, batch.next_positions)
         with self._rolling_out(learns=self.settings.objective.bptt == "full"):
-            latents = self._roll_out(embeds, *prompts, pooled, batch.slots.shape[1], drawn)
-        hidden = self._run(embeds.index_put((rows, slots), latents.to(embeds.dtype)), attend)
-        again = rollout.inject(self.model, hidden[rows, slots - 1], self._memories(pooled))
-        if self.settings.objective.bptt == "1":
-            hidden = self._run(embeds.index_put((rows, slots), again.to(embeds.dtype)), attend)
+            latents, ended, steps = self._roll_out(embeds, *prompts, pooled, batch.slots.shape[1], drawn)
         if aims is None:
             aims = torch.stack([self._aims(batch, i, tokens[i]) for i in range(len(tokens))])
+        if self.settings.objective.bptt == "full" and self._stops_at_length():
+            again, hidden = latents, self._go_on(batch, embeds, ended, steps, hides_video=drawn.hides_video)
+        else:
+            hidden = self._run(embeds.index_put((rows, slots), latents.to(embeds.dtype)), attend)
+            again = rollout.inject(self.model, hidden[rows, slots - 1], self._memories(pooled))
+        if self.settings.objective.bptt == "1":
+            hidden = self._run(embeds.index_put((rows, slots), again.to(embeds.dtype)), attend)
         ce, right = self._predict(batch, hidden)
         return Step(objective.combine(ce, again, aims, self._weights()), right)
 
@@ -123,7 +133,7 @@ class Trainee(nn.Module):
             tokens = self._video_tokens(batch)
             embeds = self._embed(replace(batch, ids=batch.told_ids), tokens)  # the video stands where it stands untold
             prompts = (batch.told_at, batch.told_lengths, batch.told_next)
-            return self._roll_out(embeds, *prompts, self._pooled(batch, tokens), batch.slots.shape[1], drawn)
+            return self._roll_out(embeds, *prompts, self._pooled(batch, tokens), batch.slots.shape[1], drawn)[0]
 
     @contextlib.contextmanager
     def _rolling_out(self, *, learns: bool) -> Iterator[None]:
@@ -162,20 +172,28 @@ class Trainee(nn.Module):
         return embeds.masked_scatter(inside[..., None], torch.cat(tokens).to(embeds.dtype))
 
     def _video_tokens(self, batch: Batch) -> list[Tensor]:
-        """Return each sample's video tokens [N_v, C]; of a frozen tower they are computed once per row.
+        """Return each sample's video tokens [N_v, C]; what a frozen tower makes of a video is kept.
 
         A tower that learns runs once for the whole batch: where it is divided over processes, all must call it equally
         often, and the last batches of an evaluation differ in size.
         """
-        pixels = batch.pixels.split(batch.grid_thw.prod(dim=1).tolist())
-        grids = [(t, h, w) for t, h, w in batch.grid_thw.tolist()]
+        num_patches = batch.grid_thw.prod(dim=1)
+        pixels = batch.pixels.split(num_patches[~batch.encoded].tolist())
+        grids = [(t, h, w) for t, h, w in batch.grid_thw[~batch.encoded].tolist()]
         if self.settings.train_vision:
             return self._encode(list(pixels), grids)
-        for row, patches, grid in zip(batch.rows, pixels, grids, strict=True):
-            if row.number not in self._kept:
-                with torch.no_grad():
-                    (self._kept[row.number],) = self._encode([patches], [grid])
-        return [self._kept[row.number] for row in batch.rows]
+        sizes = num_patches[batch.encoded] // self.cfg.vision.spatial_merge_size**2
+        kept, encoded = iter(batch.tokens.split(sizes.tolist())), batch.encoded.tolist()
+        with torch.no_grad():  # each by itself: what it becomes must not depend on what it is encoded beside
+            new = iter([self._encode([pixels[i]], [grid])[0] for i, grid in enumerate(grids)])
+        tokens = [next(kept if known else new) for known in encoded]
+        if self._tokens is not None:
+            for i, known in enumerate(encoded):
+                if not known:
+                    seconds, is_image = float(batch.seconds_per_temporal_patch[i]), bool(batch.is_image[i])
+                    t, h, w = batch.grid_thw[i].tolist()
+                    self._tokens.store(batch.rows[i].video, Encoded(tokens[i], (t, h, w), seconds, is_image))
+        return tokens
 
     def _encode(self, pixels: list[Tensor], grids: list[tuple[int, int, int]]) -> list[Tensor]:
         """Run the tower over some videos at once; each attends to itself alone.
@@ -205,7 +223,7 @@ class Trainee(nn.Module):
         lengths = batch.grid_thw[:, 0].tolist()
         return [t.view(length, -1, t.shape[-1]).mean(1) for t, length in zip(tokens, lengths, strict=True)]
 
-    def _memories(self, pooled: list[Tensor] | None) -> list[tuple[Tensor, Tensor]] | None:
+    def _memories(self, pooled: list[Tensor] | None) -> list[rollout.Memory] | None:
         return None if pooled is None else rollout.memories(self.model, pooled)
 
     def _roll_out(
@@ -217,8 +235,8 @@ class Trainee(nn.Module):
         pooled: list[Tensor] | None,
         num_latents: int,
         drawn: Draw,
-    ) -> Tensor:
-        """Return what inference would put into the slots after prompts of some lengths: [B, L, C]."""
+    ) -> tuple[Tensor, Tensor, rollout.BatchSteps]:
+        """Return what inference would put into the slots after prompts, [B, L, C], states of the end, the sequences."""
         assert self.cfg.latent is not None
         longest = int(lengths.max())
         steps = rollout.BatchSteps(
@@ -226,7 +244,31 @@ class Trainee(nn.Module):
         )
         kind = drawn.rollout or self.cfg.latent.rollout
         plan = replace(self.cfg.latent, num_latents=num_latents, rounds=drawn.rounds, rollout=kind)
-        return rollout.roll_out(self.model, steps, plan)
+        return *rollout.roll_out(self.model, steps, plan), steps
+
+    def _stops_at_length(self) -> bool:
+        return self.cfg.latent is not None and self.cfg.latent.stop == "fixed"
+
+    def _go_on(
+        self, batch: Batch, embeds: Tensor, ended: Tensor, steps: rollout.BatchSteps, *, hides_video: bool
+    ) -> Tensor:
+        """Return the states [B, S, C] of what follows the latents, fed behind a rollout that carries gradient.
+
+        What a pass over the whole sequence would repeat, latents included, is in the rollout's cache already. States of
+        other positions are 0: none of them predicts.
+        """
+        start, size = batch.answer[:, :1] - 1, batch.ids.shape[1]
+        at = start + torch.arange(int((batch.lengths[:, None] - 1 - start).max()), device=start.device)
+        rows = torch.arange(len(at), device=at.device)[:, None]
+        places = torch.arange(size, device=at.device)
+        is_video = (places >= batch.video[:, :1]) & (places < batch.video[:, 1:]) if hides_video else None
+        steps.rewind(1)  # the end token, which may see what the rest of the answer may see
+        longest = int(batch.prompt_lengths.max())
+        fed = embeds[rows, at.clamp(max=size - 1)].transpose(0, 1)
+        found = steps.feed(fed, None if is_video is None else is_video[:, :longest]).transpose(0, 1)
+        found = found + 0 * ended  # its keys are used: FSDP gathers weights where states have gradient
+        inside = at < batch.lengths[:, None]
+        return found.new_zeros(embeds.shape).index_put((rows.expand_as(at)[inside], at[inside]), found[inside])
 
     def _aims(self, batch: Batch, index: int, tokens: Tensor) -> Tensor:
         start, stop = batch.question[index].tolist()
