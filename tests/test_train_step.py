@@ -302,3 +302,28 @@ def test_an_answer_behind_the_rollout_is_that_of_a_whole_pass(make_checkpoint, r
     assert grads.keys() == ref_grads.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(grad, ref_grads[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+def levelled(levels):
+    return [triplets.Triplet(i, i, Path("a.mp4"), "Which?", "no", metadata=m) for i, m in enumerate(levels, 1)]
+
+
+def test_a_curriculum_asks_low_levels_first_and_all_later():
+    """Catches a hard row that is asked early, a row without a level left out, and levels that never come."""
+    rows = levelled([{"n": 8}, {"n": 1}, {}, {"n": 3}, {"n": 1}, {"n": 8}])
+    settings = replace(QUICK, steps=6, accumulation=2, curriculum="n", curriculum_share=0.5)
+    curriculum = order.Curriculum.of(rows, settings)
+    asked = iter(order.Order(6, 5, 0, 0, 0, 1, curriculum))
+    batches = [[next(asked) for _ in range(5)] for _ in range(12)]
+    allowed = [{1, 2, 4}] * 2 + [{1, 2, 3, 4}] * 2 + [set(range(6))] * 8
+    assert all(set(batch) <= rows for batch, rows in zip(batches, allowed, strict=True))
+    assert set().union(*batches[:2]) == {1, 2, 4}
+    assert set().union(*batches[4:]) == set(range(6))
+    late = iter(order.Order(6, 5, 0, 3, 0, 1, curriculum))  # a run that goes on asks what it would have
+    assert [next(late) for _ in range(5)] == batches[3]
+
+
+def test_a_curriculum_over_what_no_row_has_is_refused():
+    """Catches a misspelt name that leaves the order as it is."""
+    with pytest.raises(ConfigError, match="metadata"):
+        order.Curriculum.of(levelled([{"n": "many"}, {}]), replace(QUICK, curriculum="n"))

@@ -71,6 +71,11 @@ class VideoQuestions(Dataset[Sample]):
         self._cache, self._tokens = FrameCache(cache, model), tokens
         self._opened: prompt.Tokenizer | None = None
 
+    @property
+    def rows(self) -> Sequence[Triplet]:
+        """The rows, of which sample i is made of row i where that can be used."""
+        return self._rows
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -82,6 +82,8 @@ class Settings:
         min_rounds: of the parallel rollout, drawn per step from here to the config's R; None: always R.
         min_latents: drawn per step, for all samples alike, from here to the config's L; None: always L.
         rollouts: drawn per step from these; None: always the config's.
+        curriculum: a number in the rows' metadata, e.g. "num_swaps": rows with low ones are asked first; "": none.
+        curriculum_share: of the steps, after which rows of all levels are asked.
         objective: terms of the loss beside the cross-entropy.
         seed: of everything drawn.
         eval_every: steps between evaluations; 0: only at the end.
@@ -107,6 +109,8 @@ class Settings:
     min_rounds: int | None = None
     min_latents: int | None = None
     rollouts: tuple[config.Rollout, ...] | None = None
+    curriculum: str = ""
+    curriculum_share: float = 0.5
     objective: Objective = field(default_factory=Objective)
     seed: int = 0
     eval_every: int = 0
@@ -131,6 +135,7 @@ class Settings:
             ("workers", 0, 1024),
             ("max_token_bytes", 0, 2**62),
             ("max_bad_rows", 0, 1e9),
+            ("curriculum_share", 0, 1),
         ):
             _within(name, getattr(self, name), low, high)
         for name in ("min_rounds", "min_latents"):
