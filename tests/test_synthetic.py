@@ -7,6 +7,7 @@ fails one of some 60 such comparisons by accident once in 500 seeds, and the see
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from vlrt.errors import ConfigError
-from vlrt.train import synthetic
+from vlrt.train import synthetic, triplets
 from vlrt.train.families import FAMILIES, LANES
 from vlrt.train.scenes import COLOURS, OUTLINES, SHAPES, Sprite, draw
 from vlrt.train.synthetic import SPLITS, Clip, Synthetic, clip, write
@@ -98,6 +99,26 @@ def test_the_ball_is_where_the_swaps_bring_it(probed: dict[str, list[Clip]]) -> 
         assert len(swaps) == len(words) - 1
         assert one.row["metadata"]["num_swaps"] == len(places) - 1
         assert not any(s.shape == "circle" for frame in frames[2:] for s in frame), "the ball must stay hidden"
+
+
+def test_every_clip_has_a_caption_that_does_not_conclude(probed: dict[str, list[Clip]]) -> None:
+    # Catches a caption of another clip, and one that tells what a model is to find out by itself.
+    for name, clips in probed.items():
+        for one in clips[:40]:
+            assert one.caption["video"] == one.row["video"]
+            assert one.caption["question"] == synthetic.CAPTIONING
+            assert one.caption["answer"] == one.scene.caption
+            assert not re.search(r"\b(so|first|fastest|slowest|changed)\b", one.scene.caption, re.IGNORECASE), name
+    assert len({one.scene.caption for clips in probed.values() for one in clips[:40]}) > 7 * 20
+
+
+def test_captions_are_written_beside_the_questions(tmp_path: Path) -> None:
+    # Catches captions that `vlrt train` does not read, or in another order.
+    synthetic.write(tmp_path / "clips", Synthetic(), 7, workers=1)
+    captions = triplets.read(tmp_path / "clips" / synthetic.CAPTIONS).rows
+    questions = triplets.read(tmp_path / "clips" / synthetic.TRIPLETS).rows
+    assert [row.video for row in captions] == [row.video for row in questions]
+    assert captions[0].answer == synthetic.clip(Synthetic(), 0).scene.caption
 
 
 def test_events_are_as_many_as_the_answer_says(probed: dict[str, list[Clip]]) -> None:

@@ -119,6 +119,9 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
     )
     sub.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the directory of the run")
     sub.add_argument("--validation", type=Path, metavar="FILE", help="triplets to measure by")
+    sub.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where runs on the same videos share frames and tokens (default: RUN)"
+    )
     sub.add_argument("--system", choices=["latent", "direct", "cot", "pause"], help="what to train (default: latent)")
     sub.add_argument("--config", type=Path, metavar="FILE", help="settings as YAML")
     sub.add_argument(

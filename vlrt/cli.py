@@ -226,7 +226,8 @@ def train(args: argparse.Namespace) -> None:
             shown = f"{chosen.system}: loss {measured['total']:.3f}, right {measured['exact']:.0%}"
             progress.update(task, completed=step, description=shown)
 
-        out = loop.train(base, args.data, args.output, chosen, validation=args.validation, report=report)
+        files = {"validation": args.validation, "cache": args.cache}
+        out = loop.train(base, args.data, args.output, chosen, **files, report=report)
     if is_main:
         _put(str(out))
 
