@@ -170,6 +170,7 @@ def make_data(out: Path, plan: Plan, console: Console) -> None:
         rows = _rows(out / "data", folder, synthetic.TRIPLETS)
         found[part.split] += rows
         if part.split == "train":
+            found["train"] += _rows(out / "data", folder, synthetic.STEPS)
             found["pretraining"] += _rows(out / "data", folder, synthetic.CAPTIONS)
             easy = (row for row in rows if row["metadata"].get("num_swaps", 0) <= EASY_SWAPS)
             found["pretraining"] += easy

@@ -97,6 +97,9 @@ def test_the_ball_is_where_the_swaps_bring_it(probed: dict[str, list[Clip]]) -> 
         swaps = one.caption["answer"].split("Swaps: ")[1].rstrip(".").split(", ")
         assert one.row["cot"].startswith(f"Ball {words[0]}. Swaps: {swaps[0]}: ")
         assert len(swaps) == len(words) - 1
+        assert [step["answer"] for step in one.steps] == words[1:]
+        assert [step["metadata"]["num_swaps"] for step in one.steps] == list(range(1, len(words)))
+        assert one.steps[-1]["cot"] == one.row["cot"]
         assert one.row["metadata"]["num_swaps"] == len(places) - 1
         assert not any(s.shape == "circle" for frame in frames[2:] for s in frame), "the ball must stay hidden"
 
@@ -119,6 +122,8 @@ def test_captions_are_written_beside_the_questions(tmp_path: Path) -> None:
     questions = triplets.read(tmp_path / "clips" / synthetic.TRIPLETS).rows
     assert [row.video for row in captions] == [row.video for row in questions]
     assert captions[0].answer == synthetic.clip(Synthetic(), 0).scene.caption
+    steps = triplets.read(tmp_path / "clips" / synthetic.STEPS).rows
+    assert {row.video for row in steps} == {row.video for row in questions if row.family == "cups"}
 
 
 def test_events_are_as_many_as_the_answer_says(probed: dict[str, list[Clip]]) -> None:

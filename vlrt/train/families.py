@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlrt.train.scenes import COLOURS, GREY, SHAPES, Scene, Sprite
+from vlrt.train.scenes import COLOURS, GREY, SHAPES, Asked, Scene, Sprite
 
 Look = tuple[str, str]  # colour, shape
 Facts = dict[str, int | float | str]
@@ -198,12 +198,16 @@ def cups(cast: Cast, kind: str, slot: int) -> Scene:
     frames += [rest] * FRAMES_AFTER_SWAPS
     pairs = [f"{PLACES[a]} {PLACES[b]}" for a, b in swaps]
     caption = f"Ball {PLACES[held[0]]}. Swaps: {', '.join(pairs)}."
-    followed = ", ".join(f"{pair}: {PLACES[place]}" for pair, place in zip(pairs, held[1:], strict=True))
-    cot = f"Ball {PLACES[held[0]]}. Swaps: {followed}."
+    followed = [f"{pair}: {PLACES[place]}" for pair, place in zip(pairs, held[1:], strict=True)]
+    cots = [f"Ball {PLACES[held[0]]}. Swaps: {', '.join(followed[:n])}." for n in range(1, len(swaps) + 1)]
+    steps = tuple(
+        Asked(f"Where is the ball after swap {n}?", PLACES[held[n]], cots[n - 1], {"num_swaps": n})
+        for n in range(1, len(swaps) + 1)
+    )
     moves = sum(a != b for a, b in itertools.pairwise(held))
     facts: Facts = {"num_swaps": len(swaps), "num_moves": moves, "start": PLACES[held[0]]}
     ask = "The cups are swapped. Where is the ball at the end?"
-    return _scene(cast, ask, slot, PLACES, caption, cot, frames, facts)
+    return _scene(cast, ask, slot, PLACES, caption, cots[-1], frames, facts, steps)
 
 
 FAMILIES = {
@@ -311,7 +315,8 @@ def _scene(
     cot: str,
     frames: Sequence[tuple[Sprite, ...]],
     facts: Facts | None = None,
+    steps: tuple[Asked, ...] = (),
 ) -> Scene:
     background = int(cast.rng.integers(15, 60))
     names = tuple(candidates)
-    return Scene(question, names[slot], names, caption, cot, tuple(frames), background, facts or {})
+    return Scene(question, names[slot], names, caption, cot, tuple(frames), background, facts or {}, steps)

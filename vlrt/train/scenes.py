@@ -57,6 +57,16 @@ class Sprite:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A question with a short answer, and the reasoning in words."""
+
+    question: str
+    answer: str
+    cot: str
+    facts: Mapping[str, int | float | str]
+
+
+@dataclass(frozen=True)
 class Scene:
     """A clip that is not drawn yet, with a question about it.
 
@@ -69,6 +79,7 @@ class Scene:
         frames: what is in each frame, painted in this order.
         background: grey level.
         facts: what the clip was made with, e.g. num_swaps.
+        steps: easier questions about the clip, which lead up to its own.
     """
 
     question: str
@@ -79,6 +90,7 @@ class Scene:
     frames: tuple[tuple[Sprite, ...], ...]
     background: int = 40
     facts: Mapping[str, int | float | str] = field(default_factory=dict)
+    steps: tuple[Asked, ...] = ()
 
 
 def draw(sprites: tuple[Sprite, ...], size: int, background: int) -> NDArray[np.uint8]:

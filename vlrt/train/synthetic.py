@@ -38,7 +38,8 @@ Progress = Callable[[int, int], None]  # clips done, clips asked for
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 FORMS: tuple[Form, ...] = ("choice", "free")
 CAPTIONING = "What happens in the video?"
-TRIPLETS, CAPTIONS, SETTINGS, VIDEOS = "triplets.jsonl", "captions.jsonl", "synthetic.json", "videos"
+TRIPLETS, CAPTIONS, STEPS = "triplets.jsonl", "captions.jsonl", "steps.jsonl"
+SETTINGS, VIDEOS = "synthetic.json", "videos"
 MAX_CLIPS = 10_000_000
 CHUNK = 16  # clips that a worker makes per task
 
@@ -108,11 +109,13 @@ class Clip:
         scene: what it shows.
         row: its line in triplets.jsonl.
         caption: its line in captions.jsonl: the answer says what there is to see, for a model to learn to see by.
+        steps: its lines in steps.jsonl: easier questions that lead up to its own, freely answered.
     """
 
     scene: Scene
     row: dict[str, Any]
     caption: dict[str, Any]
+    steps: tuple[dict[str, Any], ...]
 
 
 def clip(settings: Synthetic, index: int) -> Clip:
@@ -147,13 +150,20 @@ def clip(settings: Synthetic, index: int) -> Clip:
     facts = {"index": index, "seed": settings.seed, "kind": kind, "form": form, "num_frames": num_frames}
     row["metadata"] = {**facts, "candidates": list(scene.candidates), **scene.facts}
     caption = {"video": video, "question": CAPTIONING, "answer": scene.caption, "family": f"caption of {name}"}
-    return Clip(scene, row, caption)
+    shared = {"video": video, "family": name, "split": settings.split}
+    steps = (
+        {**shared, "question": one.question, "answer": one.answer, "cot": one.cot, "metadata": {**facts, **one.facts}}
+        for one in scene.steps
+    )
+    return Clip(scene, row, caption, tuple(steps))
 
 
 def write(
     out: str | Path, settings: Synthetic, num: int, *, workers: int | None = None, progress: Progress | None = None
 ) -> Path:
     """Write a data set of `num` clips, or what of it is missing, and return the path of its triplets.jsonl.
+
+    Beside it are captions.jsonl, and steps.jsonl with easier questions about the same clips (empty without cups).
 
     Each file is written under another name and renamed, so that whatever has its name is whole; triplets.jsonl comes
     last. Files are equal for equal settings and an equal FFmpeg.
@@ -183,7 +193,9 @@ def write(
                 progress(done, num)
             done += finished
         clips = [clip(settings, i) for i in range(num)]
-        for name, rows in ((CAPTIONS, [made.caption for made in clips]), (TRIPLETS, [made.row for made in clips])):
+        steps = [step for made in clips for step in made.steps]
+        files = ((CAPTIONS, [made.caption for made in clips]), (STEPS, steps), (TRIPLETS, [made.row for made in clips]))
+        for name, rows in files:
             _replace(out / name, "".join(json.dumps(row) + "\n" for row in rows).encode())
     except (OSError, av.FFmpegError) as error:
         raise ConfigError(f"{out} cannot be written: {error}") from error
