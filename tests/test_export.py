@@ -26,7 +26,7 @@ from hypothesis.extra import numpy as arrays
 
 from tests.bundles import QUESTION, QUICK, plain_vision, square, torch_runtime
 from vlrt import names
-from vlrt.backends.ort import OrtBackend
+from vlrt.backends.ort import EXACT_INT8, OrtBackend
 from vlrt.backends.torch import TorchBackend
 from vlrt.bundle import MANIFEST, Bundle
 from vlrt.checkpoint import WEIGHTS, Checkpoint
@@ -231,7 +231,9 @@ def run_linear(tmp_path: Path, precision: str, x: np.ndarray, weight: np.ndarray
     model = ir.Model(graph, ir_version=10)
     recipes = quantize.lower_linears(model, precision)
     write_graph(model, tmp_path, recipes, stored.__getitem__, lambda num_bytes: None)
-    session = onnxruntime.InferenceSession(tmp_path / "linear.onnx", providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(*EXACT_INT8)
+    session = onnxruntime.InferenceSession(tmp_path / "linear.onnx", options, providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x})[0]
 
 

@@ -69,19 +69,19 @@ def test_links_of_a_checkout_are_relative_and_lead_to_the_top_level(name: str) -
 
 
 @pytest.mark.parametrize(
-    ("architecture", "features", "exact"),
+    ("architecture", "features", "slow"),
     [
-        ("x86_64", ["avx2"], False),
-        ("x86_64", ["avx2", "avx_vnni"], True),
-        ("AMD64", ["avx2", "avx512_vnni"], True),
-        ("x86_64", None, False),
-        ("aarch64", ["asimddp"], True),
+        ("x86_64", ["avx2"], True),
+        ("x86_64", ["avx2", "avx_vnni"], False),
+        ("AMD64", ["avx2", "avx512_vnni"], False),
+        ("x86_64", None, True),
+        ("aarch64", ["asimddp"], False),
     ],
 )
-def test_the_doctor_tells_where_int8_saturates(architecture, features, exact):
-    """Catches an old laptop on which int8 bundles answer otherwise, without a word."""
+def test_the_doctor_tells_where_int8_is_slow(architecture, features, slow):
+    """Catches an old laptop on which int8 bundles disappoint, without a word."""
     from vlrt import doctor
 
     found = doctor.exact_int8(architecture, features)
-    assert found.available == exact
-    assert found.reason
+    assert found.available
+    assert ("slower" in found.reason) == slow
