@@ -81,9 +81,7 @@ def exact_int8(architecture: str, features: list[str] | None) -> Ability:
     if architecture.lower() not in ("x86_64", "amd64"):
         return Ability(name, True, f"{architecture} adds products in 32 bits")
     if features is None:
-        return Ability(
-            name, True, "this system does not tell whether there is VNNI; without it int8 is slower"
-        )
+        return Ability(name, True, "this system does not tell whether there is VNNI; without it int8 is slower")
     if found := {"avx512_vnni", "avx_vnni"} & set(features):
         return Ability(name, True, f"with {min(found)}")
     return Ability(name, True, "this processor has no VNNI: products are widened to 16 bits first, which is slower")
