@@ -282,7 +282,9 @@ def test_the_scale_of_latents_is_trained_where_something_reaches_it(checkpoint):
 
 
 @pytest.mark.parametrize("hides_video", [False, True])
-@pytest.mark.parametrize("latent", [SMALL["latent"], PARALLEL], ids=["recurrent", "parallel"])
+@pytest.mark.parametrize(
+    "latent", [SMALL["latent"], PARALLEL, {**PARALLEL, "rounds": 1}], ids=["recurrent", "parallel", "one round"]
+)
 def test_an_answer_behind_the_rollout_is_that_of_a_whole_pass(make_checkpoint, rows, tmp_path, latent, hides_video):
     """Catches positions, masks or padding of answers that go on from the rollout's cache, and gradient that is lost."""
     checkpoint = make_checkpoint(**{**SMALL, "latent": latent})
@@ -291,7 +293,8 @@ def test_an_answer_behind_the_rollout_is_that_of_a_whole_pass(make_checkpoint, r
     found = []
     for goes_on in (True, False):
         trainee = Trainee(learner.build(checkpoint, settings), settings).double()
-        trainee._stops_at_length = lambda goes_on=goes_on: goes_on
+        if not goes_on:
+            trainee._foresees = lambda *_: False
         tokens = [part.double() for part in Trainee(learner.build(checkpoint, settings), settings)._video_tokens(batch)]
         step = trainee(encoded(batch, tokens), Draw(latent.get("rounds", 1), hides_video))
         step.loss.total.backward()

@@ -117,7 +117,7 @@ class Trainee(nn.Module):
             latents, ended, steps = self._roll_out(embeds, *prompts, pooled, batch.slots.shape[1], drawn)
         if aims is None:
             aims = torch.stack([self._aims(batch, i, tokens[i]) for i in range(len(tokens))])
-        if self.settings.objective.bptt == "full" and self._stops_at_length():
+        if self.settings.objective.bptt == "full" and self._foresees(drawn, batch.slots.shape[1]):
             again, hidden = latents, self._go_on(batch, embeds, ended, steps, hides_video=drawn.hides_video)
         else:
             hidden = self._run(embeds.index_put((rows, slots), latents.to(embeds.dtype)), attend)
@@ -246,8 +246,15 @@ class Trainee(nn.Module):
         plan = replace(self.cfg.latent, num_latents=num_latents, rounds=drawn.rounds, rollout=kind)
         return *rollout.roll_out(self.model, steps, plan), steps
 
-    def _stops_at_length(self) -> bool:
-        return self.cfg.latent is not None and self.cfg.latent.stop == "fixed"
+    def _foresees(self, drawn: Draw, num_latents: int) -> bool:
+        """Whether a pass over the whole sequence would predict, at each slot, the latent that is in it.
+
+        Not after fewer rounds than latents: those of later slots are not exact yet. And a predicted end needs the pass.
+        """
+        plan = self.cfg.latent
+        assert plan is not None
+        is_exact = (drawn.rollout or plan.rollout) == "recurrent" or drawn.rounds >= num_latents
+        return is_exact and plan.stop == "fixed"
 
     def _go_on(
         self, batch: Batch, embeds: Tensor, ended: Tensor, steps: rollout.BatchSteps, *, hides_video: bool
