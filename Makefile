@@ -22,7 +22,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Trains and compares four ways to reason, and their ablations; an hour or more on two cores, and it goes on where it was.
+# Trains and compares four ways to reason, and their ablations; not run whole yet; goes on where it was.
 reproduce: setup
 	$(BIN)/python examples/reproduce.py reproduction
 

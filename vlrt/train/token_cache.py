@@ -64,7 +64,7 @@ class TokenCache:
             with safe_open(self._file(video), framework="pt") as kept:
                 facts = json.loads(kept.metadata()["facts"])
                 return Encoded(kept.get_tensor("tokens"), tuple(facts[0]), facts[1], facts[2])
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None  # not there, or cut off by a full disk: encoded, or encoded again
 
     def store(self, video: Path, encoded: Encoded) -> None:
