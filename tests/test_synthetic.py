@@ -104,6 +104,15 @@ def test_the_ball_is_where_the_swaps_bring_it(probed: dict[str, list[Clip]]) -> 
         assert not any(s.shape == "circle" for frame in frames[2:] for s in frame), "the ball must stay hidden"
 
 
+@pytest.mark.parametrize("chance", [0.0, 0.3, 1.0])
+def test_swaps_move_the_ball_as_often_as_asked_for(chance: float) -> None:
+    # Catches a chance that counts for the wrong swaps, and answers that it unbalances.
+    made = clips(300, families=("cups",), num_swaps=(5, 5), move_chance=chance)
+    moves = sum(one.row["metadata"]["num_moves"] for one in made) / (5 * len(made))
+    assert abs(moves - chance) < 0.05  # 2.3 standard deviations of 1,500 draws at 0.3 are 0.027
+    assert set(Counter(one.row["answer"] for one in made).values()) == {100}
+
+
 def test_every_clip_has_a_caption_that_does_not_conclude(probed: dict[str, list[Clip]]) -> None:
     # Catches a caption of another clip, and one that tells what a model is to find out by itself.
     for name, clips in probed.items():
@@ -418,6 +427,7 @@ def test_the_command_writes_in_parallel_what_one_process_writes(tmp_path: Path) 
         ({"num_frames": (16, 19)}, "num_frames"),
         ({"num_frames": (18, 16)}, "num_frames"),
         ({"num_swaps": (0, 3)}, "num_swaps"),
+        ({"move_chance": 1.5}, "move_chance"),
     ],
 )
 def test_settings_of_which_nothing_can_be_made_are_refused(settings: dict[str, object], word: str) -> None:

@@ -97,6 +97,7 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
     span: dict[str, Any] = {"nargs": 2, "type": count}
     sub.add_argument("--num-frames", metavar=("LOW", "HIGH"), help="of a clip (default: 16 24)", **span)
     sub.add_argument("--num-swaps", metavar=("LOW", "HIGH"), help="of cups (default: 3 8)", **span)
+    sub.add_argument("--move-chance", type=float, metavar="P", help="of a swap to move the ball (default: 2/3)")
     sub.add_argument("--workers", type=count, metavar="N", help="processes (default: one per core)")
 
     sub = verb(

@@ -37,6 +37,7 @@ class Cast:
     looks: tuple[Look, ...]
     num_frames: int
     num_swaps: int
+    move_chance: float
 
     def pick(self, count: int) -> list[Look]:
         """Return looks that share neither colour nor shape, in random order."""
@@ -175,13 +176,16 @@ def occlusion(cast: Cast, kind: str, slot: int) -> Scene:
 def cups(cast: Cast, kind: str, slot: int) -> Scene:
     """Under which of three cups is the ball, after swaps of two of them?
 
-    Each swap is one of three, evenly: after it the ball is anywhere with chance 1/3, wherever it was, so that one swap
-    missed loses the answer.
+    Where the ball moves with a chance of 2/3, each swap is one of three, evenly: after it the ball is anywhere with
+    chance 1/3, wherever it was, so that one swap missed loses the answer.
     """
-    swaps = [SWAPS[i] for i in cast.rng.integers(3, size=cast.num_swaps)]
-    held = [slot]  # places of the ball, backwards
-    for swap in reversed(swaps):
-        held.append(_swapped(held[-1], swap))
+    swaps, held = [], [slot]  # backwards
+    for _ in range(cast.num_swaps):
+        moves = [swap for swap in SWAPS if held[-1] in swap]
+        stays = next(swap for swap in SWAPS if held[-1] not in swap)
+        swaps.append(moves[cast.rng.integers(2)] if cast.rng.uniform() < cast.move_chance else stays)
+        held.append(_swapped(held[-1], swaps[-1]))
+    swaps.reverse()
     held.reverse()
     (cup, _), (ball, _) = cast.pick(2)
     colour, xs = COLOURS[cup], (0.18, 0.5, 0.82)

@@ -59,6 +59,8 @@ class Synthetic:
         fps: frames per second.
         num_frames: range of the clips' lengths, both ends included, even; clips of cups are as long as their swaps.
         num_swaps: range, both ends included.
+        move_chance: of a swap of cups to move the ball, 0 to 1. At 2/3 every swap is equally likely. Below, a guess that
+            misses swaps is right more often than by chance: easier to begin with, no test.
     """
 
     seed: int = 0
@@ -69,6 +71,7 @@ class Synthetic:
     fps: float = 4.0
     num_frames: tuple[int, int] = (16, 24)
     num_swaps: tuple[int, int] = (3, 8)
+    move_chance: float = 2 / 3
 
     def __post_init__(self) -> None:
         """Refuse settings of which no data set can be made."""
@@ -91,6 +94,8 @@ class Synthetic:
         low, high = self.num_swaps
         if not 1 <= low <= high <= 1024:
             raise ConfigError(f"num_swaps is {low} to {high}; accepted: a range within 1 to 1024")
+        if not 0 <= self.move_chance <= 1:
+            raise ConfigError(f"move_chance is {self.move_chance}; accepted: 0 to 1")
 
     def lengths(self, low: int, high: int, step: int = 1) -> list[int]:
         """Return the values of a range that this split has."""
@@ -135,7 +140,7 @@ def clip(settings: Synthetic, index: int) -> Clip:
     num_frames = int(rng.choice(settings.lengths(*settings.num_frames, 2)))
     if name == "cups":
         num_frames = FRAMES_BEFORE_SWAPS + FRAMES_PER_SWAP * num_swaps + FRAMES_AFTER_SWAPS
-    scene = family.make(Cast(rng, looks, num_frames, num_swaps), kind, slot)
+    scene = family.make(Cast(rng, looks, num_frames, num_swaps, settings.move_chance), kind, slot)
     video = f"{VIDEOS}/{settings.split}-{index:06d}-{name}.mp4"
     row: dict[str, Any] = {
         "video": video,
