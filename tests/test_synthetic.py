@@ -113,6 +113,22 @@ def test_swaps_move_the_ball_as_often_as_asked_for(chance: float) -> None:
     assert set(Counter(one.row["answer"] for one in made).values()) == {100}
 
 
+def test_on_a_grid_shapes_are_in_the_middle_of_squares_and_all_else_is_where_it_was() -> None:
+    # Catches shapes between squares or in a neighbouring one, and cups or walls that are moved with them.
+    for free, made in zip(clips(70), clips(70, grid=4), strict=True):
+        assert free.row == made.row
+        for before, after in zip(free.scene.frames, made.scene.frames, strict=True):
+            for a, b in zip(before, after, strict=True):
+                if a.shape not in SHAPES or made.row["family"] == "cups":
+                    assert a == b
+                else:
+                    for x, y in ((a.x, b.x), (a.y, b.y)):
+                        assert (y * 4 - 0.5).is_integer()
+                        assert abs(x % 1 - y) <= 1 / 8 + 1e-9
+    shapes = [s for one in clips(70, grid=4) for frame in one.scene.frames for s in frame if s.shape in SHAPES]
+    assert len(shapes) > 1000
+
+
 def test_every_clip_has_a_caption_that_does_not_conclude(probed: dict[str, list[Clip]]) -> None:
     # Catches a caption of another clip, and one that tells what a model is to find out by itself.
     for name, clips in probed.items():
@@ -428,6 +444,8 @@ def test_the_command_writes_in_parallel_what_one_process_writes(tmp_path: Path) 
         ({"num_frames": (18, 16)}, "num_frames"),
         ({"num_swaps": (0, 3)}, "num_swaps"),
         ({"move_chance": 1.5}, "move_chance"),
+        ({"grid": 1}, "grid"),
+        ({"grid": -4}, "grid"),
     ],
 )
 def test_settings_of_which_nothing_can_be_made_are_refused(settings: dict[str, object], word: str) -> None:

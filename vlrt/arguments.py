@@ -94,6 +94,7 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
     sub.add_argument("--forms", nargs="+", metavar="FORM", help="choice, free (default: both)")
     sub.add_argument("--size", type=count, default=56, metavar="PIXELS", help="of both sides (default: 56)")
     sub.add_argument("--fps", type=rate, default=4.0, metavar="F", help="frames per second (default: 4)")
+    sub.add_argument("--grid", type=count, metavar="N", help="shapes are in one of N x N places (default: anywhere)")
     span: dict[str, Any] = {"nargs": 2, "type": count}
     sub.add_argument("--num-frames", metavar=("LOW", "HIGH"), help="of a clip (default: 16 24)", **span)
     sub.add_argument("--num-swaps", metavar=("LOW", "HIGH"), help="of cups (default: 3 8)", **span)

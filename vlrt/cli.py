@@ -189,7 +189,7 @@ def synth(args: argparse.Namespace) -> None:
     from vlrt.config import from_dict
     from vlrt.train import synthetic
 
-    names = ("seed", "split", "families", "forms", "size", "fps", "num_frames", "num_swaps", "move_chance")
+    names = ("seed", "split", "families", "forms", "size", "fps", "grid", "num_frames", "num_swaps", "move_chance")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     settings = from_dict(synthetic.Synthetic, given)
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:

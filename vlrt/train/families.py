@@ -62,10 +62,17 @@ class Cast:
 
 @dataclass(frozen=True)
 class Family:
-    """One family: how many answers each kind of its questions has, and what makes a clip of a kind and an answer."""
+    """One family of questions.
+
+    Attributes:
+        kinds: how many answers each kind of its questions has.
+        make: makes a clip of a kind and an answer.
+        roams: whether its shapes may be anywhere, so that they can be put on a grid.
+    """
 
     kinds: Mapping[str, int]
     make: Callable[[Cast, str, int], Scene]
+    roams: bool = True
 
 
 def direction(cast: Cast, kind: str, slot: int) -> Scene:
@@ -221,7 +228,7 @@ FAMILIES = {
     "first": Family({"switch": 3, "jump": 3, "turn": 3}, first),
     "collision": Family({"whether": 2, "count": 4}, collision),
     "occlusion": Family({"colour": 3, "shape": 3, "change": 4}, occlusion),
-    "cups": Family({"place": 3}, cups),
+    "cups": Family({"place": 3}, cups, roams=False),
 }
 
 

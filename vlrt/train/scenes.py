@@ -6,7 +6,7 @@ no question and no file.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,18 @@ class Scene:
     background: int = 40
     facts: Mapping[str, int | float | str] = field(default_factory=dict)
     steps: tuple[Asked, ...] = ()
+
+
+def on_grid(scene: Scene, squares: int) -> Scene:
+    """Return a scene whose shapes are at the centres of `squares` x `squares` squares, each in the one it was in."""
+
+    def moved(sprite: Sprite) -> Sprite:
+        if sprite.shape not in SHAPES:
+            return sprite
+        x, y = ((math.floor(place % 1 * squares) + 0.5) / squares for place in (sprite.x, sprite.y))
+        return replace(sprite, x=x, y=y)
+
+    return replace(scene, frames=tuple(tuple(map(moved, sprites)) for sprites in scene.frames))
 
 
 def draw(sprites: tuple[Sprite, ...], size: int, background: int) -> NDArray[np.uint8]:

@@ -29,7 +29,7 @@ from vlrt.train.families import (
     Cast,
     looks_of,
 )
-from vlrt.train.scenes import Scene, draw
+from vlrt.train.scenes import Scene, draw, on_grid
 
 Split = Literal["train", "validation", "test"]
 Form = Literal["choice", "free"]
@@ -57,6 +57,8 @@ class Synthetic:
         forms: "choice" (the question has options) and "free" (a word or a number), equally often.
         size: pixels of both sides of a frame, even.
         fps: frames per second.
+        grid: shapes are at the centres of so many squares per side, which small vision towers learn to see sooner; 0:
+            anywhere. Cups and walls are not moved.
         num_frames: range of the clips' lengths, both ends included, even; clips of cups are as long as their swaps.
         num_swaps: range, both ends included.
         move_chance: of a swap of cups to move the ball, 0 to 1. At 2/3 every swap is equally likely. Below, a guess that
@@ -69,6 +71,7 @@ class Synthetic:
     forms: tuple[Form, ...] = FORMS
     size: int = 56
     fps: float = 4.0
+    grid: int = 0
     num_frames: tuple[int, int] = (16, 24)
     num_swaps: tuple[int, int] = (3, 8)
     move_chance: float = 2 / 3
@@ -88,6 +91,8 @@ class Synthetic:
             raise ConfigError(f"size is {self.size} pixels; accepted: an even number from 28 to 4096")
         if not 0.01 <= self.fps <= 1000:
             raise ConfigError(f"fps is {self.fps}; accepted: 0.01 to 1000")
+        if self.grid != 0 and not 2 <= self.grid <= 64:
+            raise ConfigError(f"grid is {self.grid}; accepted: 0 (none), or 2 to 64 squares per side")
         low, high = self.num_frames
         if low % 2 or high % 2 or not MIN_FRAMES <= low <= high <= 4096:
             raise ConfigError(f"num_frames is {low} to {high}; accepted: even numbers, from {MIN_FRAMES} to 4096")
@@ -141,6 +146,8 @@ def clip(settings: Synthetic, index: int) -> Clip:
     if name == "cups":
         num_frames = FRAMES_BEFORE_SWAPS + FRAMES_PER_SWAP * num_swaps + FRAMES_AFTER_SWAPS
     scene = family.make(Cast(rng, looks, num_frames, num_swaps, settings.move_chance), kind, slot)
+    if settings.grid and family.roams:
+        scene = on_grid(scene, settings.grid)
     video = f"{VIDEOS}/{settings.split}-{index:06d}-{name}.mp4"
     row: dict[str, Any] = {
         "video": video,
