@@ -61,8 +61,8 @@ class Synthetic:
             anywhere. Cups and walls are not moved.
         num_frames: range of the clips' lengths, both ends included, even; clips of cups are as long as their swaps.
         num_swaps: range, both ends included.
-        move_chance: of a swap of cups to move the ball, 0 to 1. At 2/3 every swap is equally likely. Below, a guess that
-            misses swaps is right more often than by chance: easier to begin with, no test.
+        move_chance: of a swap of cups to move the ball, 0 to 1. At 2/3 every swap is equally likely. Below, a guess
+            that misses swaps is right more often than by chance: easier to begin with, no test.
     """
 
     seed: int = 0
