@@ -63,6 +63,7 @@ ARROWS = {
     "train.scenes": [],
     "train.families": [],
     "train.synthetic": BASE,
+    "pretrained": BASE,
     "doctor": ["errors", "backends"],
     "cli": [*BASE, "bundle", "checkpoint", "runtime", "fresh", "doctor", "export", "train", "arguments", "evaluate"],
     "arguments": [],

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vlrt.checkpoint import Checkpoint
+
 SCRIPT = Path(__file__).parent.parent / "examples" / "reproduce.py"
-CHOSEN = ("direct", "latent", "asked with shuffled latents")
+CHOSEN = ("direct", "latent", "latent, asked with shuffled latents", "blind direct", "one-frame direct")
 
 
 def test_every_stage_runs_and_is_kept(tmp_path):
@@ -17,10 +19,25 @@ def test_every_stage_runs_and_is_kept(tmp_path):
     rows = json.loads((tmp_path / "out" / "report.json").read_text())
     assert set(rows) == set(CHOSEN)
     groups = {group["name"]: group for group in rows["latent"][0]}
-    assert groups["all"]["num_rows"] == 14
-    assert sum(name.startswith("family: ") for name in groups) == 7
+    assert groups["all"]["num_rows"] == 24  # 14 clips, of which two are of cups, with five easier questions each
+    assert sum(name.startswith("family: ") for name in groups) == 12
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("model.safetensors")}
-    assert len(files) == 5  # fresh, backbone, the latents' start, and what the two systems became
+    assert len(files) == 8  # fresh, backbone, the latents' start, what four became, and the packed one
+    packed = tmp_path / "out" / "box" / "shapes-latent"
+    assert Checkpoint.open(packed).dtype == "bfloat16"
+    assert "seed 0" in (packed / "README.md").read_text()
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert again.stdout == first.stdout
     assert {file: file.stat().st_mtime_ns for file in files} == files
+
+
+def test_it_ends_itself_and_goes_on(tmp_path):
+    """Catches processes that outlive a call of a few minutes, and an exit code that says all was done."""
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "out"), "--plan", "quick", "--only", "direct"]
+    stopped = subprocess.run([*command, "--minutes", "0.05"], capture_output=True, text=True, timeout=60)
+    assert stopped.returncode == 75
+    assert "it goes on" in stopped.stderr
+    assert not (tmp_path / "out" / "report.md").exists()
+    done = subprocess.run([*command, "--minutes", "5"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report.md").exists()

@@ -35,6 +35,7 @@ class Group:
     score: float
     answer_tokens: float
     seconds: float
+    reasoning_seconds: float  # of the stages latents and answer
 
 
 def run(
@@ -112,8 +113,12 @@ def _ask(runtime: Asker, row: Triplet, options: dict[str, Any]) -> dict[str, Any
 
 def _group(name: str, results: list[dict[str, Any]]) -> Group:
     count = max(1, len(results))
-    means = (sum(found[key] for found in results) / count for key in ("score", "answer_tokens", "seconds"))
-    return Group(name, len(results), *means)
+    score, answer_tokens, seconds = (
+        sum(found[key] for found in results) / count for key in ("score", "answer_tokens", "seconds")
+    )
+    stages = [found.get("timings", {}) for found in results]  # none where the video could not be used
+    reasoning = sum(times.get("latents", 0.0) + times.get("answer", 0.0) for times in stages) / count
+    return Group(name, len(results), score, answer_tokens, seconds, reasoning)
 
 
 def _resume(results: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:

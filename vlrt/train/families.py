@@ -188,9 +188,9 @@ def cups(cast: Cast, kind: str, slot: int) -> Scene:
     """
     swaps, held = [], [slot]  # backwards
     for _ in range(cast.num_swaps):
-        moves = [swap for swap in SWAPS if held[-1] in swap]
-        stays = next(swap for swap in SWAPS if held[-1] not in swap)
-        swaps.append(moves[cast.rng.integers(2)] if cast.rng.uniform() < cast.move_chance else stays)
+        moving = [swap for swap in SWAPS if held[-1] in swap]
+        staying = next(swap for swap in SWAPS if held[-1] not in swap)
+        swaps.append(moving[cast.rng.integers(2)] if cast.rng.uniform() < cast.move_chance else staying)
         held.append(_swapped(held[-1], swaps[-1]))
     swaps.reverse()
     held.reverse()
