@@ -24,5 +24,10 @@ for name in LINKED:
 setup(
     package_dir=package_dir,
     packages=packages,
-    package_data={"vlrt": ["py.typed"], "vlrt.kernels": ["README.md", "configs/*.json"], "vlrt.export": ["README.md"]},
+    package_data={
+        "vlrt": ["py.typed"],
+        "vlrt.pretrained": ["*/*"],
+        "vlrt.kernels": ["README.md", "configs/*.json"],
+        "vlrt.export": ["README.md"],
+    },
 )

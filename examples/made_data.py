@@ -32,10 +32,9 @@ def make_data(out: Path, plan: Plan, console: Console) -> None:
         rows, steps, captions = (
             _rows(data, folder, name) for name in (synthetic.TRIPLETS, synthetic.STEPS, synthetic.CAPTIONS)
         )
-        most = part.settings.num_swaps[1]
         for row in steps:
-            row["family"] = f"cups, {row['metadata']['num_swaps']} of {most} swaps"
-        found[part.split] += part.repeat * rows + steps
+            row["family"] = f"cups, {row['metadata']['num_swaps']} of {part.num_swaps} swaps"
+        found[part.split] += rows + steps
         if part.split == "train":
             found["pretraining"] += captions
             found["pretraining"] += [

@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -96,6 +97,17 @@ def make_backbone(out: Path, plan: Plan, console: Console) -> Path:
         )
 
 
+def end_with(parent: int) -> None:
+    """End this process soon after its parent, even where that was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def train_one(out: Path, name: str, seed: int, plan: Plan) -> None:
     """Train one variant with one seed, export it and ask it: what a worker process does, in one thread."""
     import torch
@@ -127,7 +139,7 @@ def train_all(out: Path, plan: Plan, chosen: Iterable[Variant], jobs: int, conso
     logs = [job_folder(out, variant, seed) / "run" / loop.METRICS for variant, seed in wanted]
     bar = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
-        ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(jobs, get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)) as pool,
         Progress(*bar, console=console, transient=True) as progress,
     ):
         task = progress.add_task(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import vlrt
+from vlrt import pretrained
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "triton", "onnxruntime", "tensorrt", "transformers", "onnx", "numpy", "av", "PIL", "rich")
@@ -46,6 +47,25 @@ def test_version_is_the_one_that_was_installed() -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert Path(vlrt.__file__).with_name("py.typed").exists()
+
+
+def test_trained_models_come_with_the_package() -> None:
+    # Catches weights or model cards that a wheel leaves out, and a package that grows beyond what was agreed on.
+    assert pretrained.names() == ("shapes-cot", "shapes-latent")
+    for name in pretrained.names():
+        directory = pretrained.find(name)
+        assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {
+            f.name for f in directory.iterdir()
+        }
+        assert sum(file.stat().st_size for file in directory.iterdir()) <= 16 * 10**6
+
+
+def test_a_name_gives_way_to_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert pretrained.find("shapes-latent").is_absolute()
+    assert pretrained.find("shapes") == Path("shapes")
+    Path("shapes-latent").mkdir()
+    assert pretrained.find("shapes-latent") == Path("shapes-latent")
 
 
 @pytest.mark.parametrize("name", ["kernels", "export"])

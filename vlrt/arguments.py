@@ -42,7 +42,10 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
             sub.add_argument(argument, **options)
         return sub
 
-    sub = verb("export", checkpoint={"metavar": "CHECKPOINT", "help": "a Hugging Face checkpoint directory"})
+    sub = verb(
+        "export",
+        checkpoint={"metavar": "CHECKPOINT", "help": "a Hugging Face checkpoint directory, or a name: shapes-latent"},
+    )
     sub.add_argument("-o", "--output", help="the bundle to write or replace (default: <checkpoint name>.vlrt)")
     sub.add_argument("--backend", choices=["ort"], default="ort", help="the engine to write for (default: ort)")
     sub.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="of the weights (default: fp32)")

@@ -91,12 +91,13 @@ def export(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
+    from vlrt import pretrained
     from vlrt.export import exporter
 
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("export", total=1.0)
         path = exporter.export(
-            args.checkpoint,
+            pretrained.find(args.checkpoint),
             args.output,
             backend=args.backend,
             precision=args.precision,
@@ -134,7 +135,9 @@ def ask(args: argparse.Namespace) -> None:
 
 def info(args: argparse.Namespace) -> None:
     """Print what a bundle or a checkpoint holds."""
-    path = Path(args.path)
+    from vlrt import pretrained
+
+    path = pretrained.find(args.path)
     try:
         is_bundle, is_checkpoint = (path / "manifest.json").exists(), (path / "config.json").exists()
     except OSError as error:  # no permission, or a name that is too long
@@ -211,13 +214,14 @@ def train(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
+    from vlrt import pretrained
     from vlrt.train import loop, settings
 
     chosen = settings.read(args.config, args.set)
     if args.system is not None:
         chosen = dataclasses.replace(chosen, system=args.system)
     is_main = loop.is_main_process()  # under torchrun the others are quiet
-    base = loop.begin(args.model, args.output, chosen, {"num_latents": args.latents})
+    base = loop.begin(pretrained.find(args.model), args.output, chosen, {"num_latents": args.latents})
     hides = not (is_main and sys.stderr.isatty())
     with Progress(console=Console(stderr=True), transient=True, disable=hides) as progress:
         task = progress.add_task(chosen.system, total=chosen.steps)

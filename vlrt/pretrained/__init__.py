@@ -1,12 +1,10 @@
 """Trained models that come with the package: small ones, which answer questions about clips of moving shapes.
 
-Each is a Hugging Face checkpoint directory of this folder with a model card, README.md, that tells how it was made and
+Each is a Hugging Face checkpoint directory in this folder with a model card, README.md, that tells how it was made and
 how well it answers. `examples/reproduce.py` makes them. Knows no more than where they are.
 """
 
 from pathlib import Path
-
-from vlrt.errors import CheckpointError
 
 HERE = Path(__file__).parent
 
@@ -16,12 +14,6 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in HERE.glob("*/config.json")))
 
 
-def path(name: str) -> Path:
-    """Return the checkpoint directory of a model.
-
-    Raises:
-        CheckpointError: there is none of that name.
-    """
-    if name not in names():
-        raise CheckpointError(f"no model {name!r} comes with vlrt; accepted: {', '.join(names()) or 'none is there'}")
-    return HERE / name
+def find(given: str | Path) -> Path:
+    """Return a model's directory for its name; any other path, and one where something is, as it was given."""
+    return HERE / given if str(given) in names() and not Path(given).exists() else Path(given)

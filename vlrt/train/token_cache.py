@@ -19,6 +19,7 @@ from vlrt.checkpoint import Checkpoint
 from vlrt.errors import ConfigError
 from vlrt.train.frame_cache import FrameCache
 
+MEMORY_BYTES = 256 * 1024**2  # of tokens that a process keeps beside those on disk
 FORMAT = 1  # of the files: raise it when what they hold, or how tokens come about, changes
 
 
@@ -52,6 +53,8 @@ class TokenCache:
     def __init__(self, directory: Path, frames: FrameCache, tower: str, max_bytes: int) -> None:
         self._directory = directory / f"{FORMAT}-{tower}"
         self._frames = frames
+        self._held: dict[Path, Encoded] = {}  # read or made by this process
+        self._memory = MEMORY_BYTES
         self._room = max_bytes - sum(file.stat().st_size for file in self._directory.glob("*/*.safetensors"))
 
     def load(self, video: Path) -> Encoded | None:
@@ -60,12 +63,20 @@ class TokenCache:
         Raises:
             VideoError: the video cannot be read.
         """
+        file = self._file(video)
+        if file in self._held:
+            return self._held[file]
         try:
-            with safe_open(self._file(video), framework="pt") as kept:
+            with safe_open(file, framework="pt") as kept:
                 facts = json.loads(kept.metadata()["facts"])
-                return Encoded(kept.get_tensor("tokens"), tuple(facts[0]), facts[1], facts[2])
+                encoded = Encoded(kept.get_tensor("tokens"), tuple(facts[0]), facts[1], facts[2])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError):
             return None  # not there, or cut off by a full disk: encoded, or encoded again
+        size = encoded.tokens.numel() * encoded.tokens.element_size()
+        if size <= self._memory:
+            self._held[file] = encoded
+            self._memory -= size
+        return encoded
 
     def store(self, video: Path, encoded: Encoded) -> None:
         """Keep what a tower made of a video, where there is room.
