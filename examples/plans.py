@@ -143,7 +143,14 @@ SMALL_MODEL = {
 }
 QUICK = Settings(steps=2, batch_size=4, learning_rate=5e-4, warmup=1, workers=0)
 SMALL = Settings(
-    steps=1000, batch_size=32, learning_rate=5e-4, warmup=30, workers=0, curriculum="num_swaps", save_every=300
+    steps=1000,
+    batch_size=32,
+    learning_rate=5e-4,
+    warmup=30,
+    workers=0,
+    curriculum="num_swaps",
+    curriculum_exact=0.9,
+    save_every=300,
 )
 LARGE_MODEL = {**SMALL_MODEL, "decoder.num_layers": 4, "decoder.hidden_size": 256, "decoder.intermediate_size": 512}
 PLANS = {

@@ -16,6 +16,7 @@ from vlrt.models import registry
 from vlrt.train import run_directory, save, sharding, triplets
 from vlrt.train.batch import Batch, shorten
 from vlrt.train.objective import IGNORED
+from vlrt.train.order import Curriculum
 from vlrt.train.run_directory import MODEL
 from vlrt.train.settings import Lora, Settings
 from vlrt.train.system import Draw, Trainee, draw
@@ -39,8 +40,12 @@ class Learner:
         self._optimizer = torch.optim.AdamW(groups(self._trained, settings), lr=settings.learning_rate)
         self._teacher = Teacher(self._trained, settings.objective.teacher_decay) if has_teacher(settings) else None
 
-    def step(self, step: int, batches: Iterator[Batch], bad: triplets.BadRows) -> dict[str, float]:
+    def step(
+        self, step: int, batches: Iterator[Batch], bad: triplets.BadRows, curriculum: Curriculum | None = None
+    ) -> dict[str, float]:
         """Run optimizer step `step` over the next batches; return its losses and gradient norm, over all processes.
+
+        The curriculum hears which rows were answered right, and decides about the batches of the next step.
 
         The cross-entropy is the mean over the labelled tokens of all its batches in all processes, the other terms are
         means over samples: how a step is divided into batches does not matter.
@@ -60,6 +65,7 @@ class Learner:
         shares = count * labels / sharding.total(labels.sum())
         aims = self._aims(parts, drawn)
         sums: dict[str, Tensor] = {}
+        answered: list[Tensor] = []
         for i, (part, share) in enumerate(zip(parts, shares, strict=True)):
             if settings.lora is not None and settings.lora.dropout:
                 torch.manual_seed((settings.seed * 1_000_003 + step) * count + sharding.processes()[0] * len(parts) + i)
@@ -69,6 +75,7 @@ class Learner:
                 total=found.total + (share - 1) * found.cross_entropy, cross_entropy=share * found.cross_entropy
             )
             (found.total / len(parts)).backward()
+            answered.append(right)
             for name, value in (*found._asdict().items(), ("exact", right.float().mean())):
                 sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach().float() / count
         values = sharding.total(torch.stack(list(sums.values())))
@@ -83,11 +90,15 @@ class Learner:
         self._optimizer.zero_grad()
         if self._teacher is not None:
             self._teacher.follow()
+        if curriculum is not None:
+            levels = [row.metadata.get(settings.curriculum) for part in parts for row in part.rows]
+            curriculum.learn(levels, torch.cat(answered))
+            measured["level"] = float(curriculum.highest((step + 1) * settings.accumulation))
         return measured | {"grad_norm": norm, "learning_rate": self._optimizer.param_groups[0]["lr"]}
 
-    def save(self, out: Path, step: int) -> None:
-        """Save what a run goes on from: all of it, by the main process; every process must call this."""
-        tensors = {}
+    def save(self, out: Path, step: int, beside: Mapping[str, Tensor]) -> None:
+        """Save what a run goes on from, and tensors beside it, by the main process; every process must call this."""
+        tensors = {f"beside/{name}": tensor for name, tensor in beside.items()}
         for name, tensor in self._state():
             gathered = sharding.whole(tensor)
             if self._processes.is_main_process:
@@ -95,11 +106,15 @@ class Learner:
         if self._processes.is_main_process:
             run_directory.save_state(out, step, tensors)
 
-    def load(self, out: Path) -> int:
-        """Take over the newest state, if there is one, in however many processes; return the steps done."""
+    def load(self, out: Path) -> tuple[int, dict[str, Tensor]]:
+        """Take over the newest state, if there is one, in however many processes; return the steps done, and the rest."""
         step, tensors = run_directory.read_state(out)
+        beside: dict[str, Tensor] = {}
         for name, tensor in tensors:
             kind, _, rest = name.partition("/")
+            if kind == "beside":
+                beside[rest] = tensor
+                continue
             weight = self._trained[rest.partition("/")[0]]
             if kind == "optimizer":
                 key = rest.partition("/")[2]
@@ -109,7 +124,7 @@ class Learner:
                 place = weight if kind == "weight" or self._teacher is None else self._teacher.slow[rest]
                 with torch.no_grad():
                     place.copy_(sharding.share(tensor, place.detach()))
-        return step
+        return step, beside
 
     def write(self, out: Path) -> None:
         """Write the trained checkpoint, by the main process; every process must call this."""

@@ -27,6 +27,7 @@ from vlrt.train.token_cache import TokenCache, tower_hash
 
 __all__ = ["FRAMES", "METRICS", "MODEL", "SETTINGS", "STATE", "TOKENS", "Evaluation", "begin", "evaluate", "train"]
 
+CURRICULUM = "curriculum"  # name of its state among that of a run
 Report = Callable[[int, dict[str, float]], None]  # steps done, and what was measured
 
 
@@ -103,11 +104,14 @@ def train(
     questions = VideoQuestions(found.rows, *base, tokens=tokens, tells_answer=has_teacher(settings))
     held_out = VideoQuestions(held_out_rows, *base, tokens=tokens) if held_out_rows else None
     learner = Learner(checkpoint, settings, processes, tokens)
-    step = learner.load(out)
-    batches = order.batches(questions, settings, step)
+    curriculum = order.Curriculum.of(found.rows, settings) if settings.curriculum else None
+    step, kept = learner.load(out)
+    if curriculum is not None and CURRICULUM in kept:
+        curriculum.state = kept[CURRICULUM]
+    batches = order.batches(questions, settings, step, curriculum)
     with run_directory.log(out, step) if processes.is_main_process else contextlib.nullcontext() as log:
         while step < settings.steps:
-            measured = learner.step(step, batches, bad)
+            measured = learner.step(step, batches, bad, curriculum)
             step += 1
             last = step == settings.steps
             if held_out is not None and (last or (settings.eval_every and step % settings.eval_every == 0)):
@@ -118,7 +122,7 @@ def train(
             if report is not None:
                 report(step, measured)
             if not last and step % settings.save_every == 0:
-                learner.save(out, step)
+                learner.save(out, step, {} if curriculum is None else {CURRICULUM: curriculum.state})
     learner.write(out)
     processes.wait_for_everyone()
     return out / MODEL

@@ -4,24 +4,35 @@ All processes share one order: in each step they take neighbouring batches of it
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from vlrt.errors import ConfigError
 from vlrt.train.data import Batch, VideoQuestions, loader
 from vlrt.train.settings import Settings
-from vlrt.train.sharding import processes
+from vlrt.train.sharding import processes, total
 from vlrt.train.triplets import Triplet
 
 
-def batches(questions: VideoQuestions, settings: Settings, step: int) -> Iterator[Batch]:
-    """Yield this process's batches without end, from the one that optimizer step `step` begins with."""
-    first = step * settings.accumulation
-    curriculum = Curriculum.of(questions.rows, settings) if settings.curriculum else None
-    order = Order(len(questions), settings.batch_size, settings.seed, first, *processes(), curriculum)
-    yield from loader(questions, settings.batch_size, sampler=order, num_workers=settings.workers)
+def batches(
+    questions: VideoQuestions, settings: Settings, step: int, curriculum: "Curriculum | None"
+) -> Iterator[Batch]:
+    """Yield this process's batches without end, from the one that optimizer step `step` begins with.
+
+    Whatever the curriculum learns of their answers, before the batch after them is drawn, decides about that one, also
+    where workers had begun to read others: those are forgotten.
+    """
+    number = step * settings.accumulation
+    while True:
+        level = curriculum and curriculum.newest
+        order = Order(len(questions), settings.batch_size, settings.seed, number, *processes(), curriculum)
+        for batch in loader(questions, settings.batch_size, sampler=order, num_workers=settings.workers):
+            number += 1
+            yield batch
+            if curriculum is not None and curriculum.newest != level:
+                break
 
 
 def held_out(size: int, batch_size: int) -> tuple[list[int], int]:
@@ -37,19 +48,29 @@ def held_out(size: int, batch_size: int) -> tuple[list[int], int]:
     return [i for n in numbers for i in range(n * batch_size, min(size, (n + 1) * batch_size))], len(mine)
 
 
-@dataclass(frozen=True)
 class Curriculum:
-    """Which rows are asked at first: those of the lowest levels; later ones of all.
+    """Which rows are asked: at first those of the lowest level, in the end those of all.
+
+    The next level is added after an equal share of the batches; or, where `exact` is given, once that share of the rows
+    of the newest level is answered right. Rows count by how lately they were asked.
 
     Attributes:
         places: of each row, the place of its level among all levels, from 0; rows without a level have 0.
         num_levels: levels that there are.
-        num_batches: after how many batches all levels are asked; each level is added after an equal share of them.
+        num_batches: after how many batches all levels are asked, where that goes by the clock.
+        exact: share of right answers that adds a level; None: levels are added by the clock.
+        newest: the place of the newest level that is asked, where that goes by the answers.
     """
 
-    places: tuple[int, ...]
-    num_levels: int
-    num_batches: int
+    DECAY = 0.95  # weight of a row for each step that has passed since
+    MIN_ROWS = 100  # that must have been asked before they tell anything
+
+    def __init__(self, levels: Sequence[object], num_batches: int, exact: float | None) -> None:
+        self._known = sorted({level for level in levels if isinstance(level, int | float)})
+        self.places = tuple(self._place(level) for level in levels)
+        self.num_levels, self.num_batches, self.exact = len(self._known), num_batches, exact
+        self.newest = 0 if exact is not None else self.num_levels - 1
+        self._seen = self._right = 0.0  # rows of the newest level
 
     @classmethod
     def of(cls, rows: Sequence[Triplet], settings: Settings) -> "Curriculum":
@@ -59,20 +80,43 @@ class Curriculum:
             ConfigError: no row has a level.
         """
         levels = [row.metadata.get(settings.curriculum) for row in rows]
-        known = sorted({level for level in levels if isinstance(level, int | float)})
-        if not known:
+        if not any(isinstance(level, int | float) for level in levels):
             raise ConfigError(
                 f"curriculum is {settings.curriculum!r}; accepted: a name in the rows' metadata that has numbers"
             )
-        places = tuple(known.index(level) if isinstance(level, int | float) else 0 for level in levels)
         batches = round(settings.curriculum_share * settings.steps) * settings.accumulation
-        return cls(places, len(known), batches)
+        return cls(levels, batches, settings.curriculum_exact)
 
     def highest(self, batch: int) -> int:
         """Return the highest place that is asked in a batch."""
-        if batch >= self.num_batches:
-            return self.num_levels - 1
+        if self.exact is not None or batch >= self.num_batches:
+            return self.newest
         return batch * self.num_levels // self.num_batches
+
+    def learn(self, levels: Sequence[object], right: Tensor) -> None:
+        """Take note of which rows [B] of a step were answered right; all processes' steps count, all must call this."""
+        if self.exact is None:
+            return
+        of_newest = torch.tensor([self._place(level) == self.newest for level in levels], device=right.device)
+        seen, correct = total(torch.stack([of_newest.sum(), (of_newest & right).sum()]).double()).tolist()
+        self._seen, self._right = self.DECAY * self._seen + seen, self.DECAY * self._right + correct
+        enough = self._seen >= self.MIN_ROWS and self._right >= self.exact * self._seen
+        if enough and self.newest < self.num_levels - 1:
+            self.newest += 1
+            self._seen = self._right = 0.0
+
+    @property
+    def state(self) -> Tensor:
+        """What a run goes on from, [3] float64."""
+        return torch.tensor([self.newest, self._seen, self._right], dtype=torch.float64)
+
+    @state.setter
+    def state(self, kept: Tensor) -> None:
+        newest, self._seen, self._right = kept.tolist()
+        self.newest = int(newest)
+
+    def _place(self, level: object) -> int:
+        return self._known.index(level) if isinstance(level, int | float) else 0
 
 
 class Order(Sampler[int]):

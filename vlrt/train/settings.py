@@ -84,6 +84,7 @@ class Settings:
         rollouts: drawn per step from these; None: always the config's.
         curriculum: a number in the rows' metadata, e.g. "num_swaps": rows with low ones are asked first; "": none.
         curriculum_share: of the steps, after which rows of all levels are asked.
+        curriculum_exact: add a level when this share of the newest one's rows is answered right; None: by the clock.
         objective: terms of the loss beside the cross-entropy.
         seed: of everything drawn.
         eval_every: steps between evaluations; 0: only at the end.
@@ -111,6 +112,7 @@ class Settings:
     rollouts: tuple[config.Rollout, ...] | None = None
     curriculum: str = ""
     curriculum_share: float = 0.5
+    curriculum_exact: float | None = None
     objective: Objective = field(default_factory=Objective)
     seed: int = 0
     eval_every: int = 0
@@ -138,6 +140,8 @@ class Settings:
             ("curriculum_share", 0, 1),
         ):
             _within(name, getattr(self, name), low, high)
+        if self.curriculum_exact is not None:
+            _within("curriculum_exact", self.curriculum_exact, 0, 1)
         for name in ("min_rounds", "min_latents"):
             if getattr(self, name) is not None:
                 _within(name, getattr(self, name), 1, 1024)
