@@ -195,7 +195,7 @@ def test_a_step_is_the_same_however_it_is_divided_into_batches(make_checkpoint, 
         questions = VideoQuestions(rows, room[0], checkpoint.model, "latent", room[1].parent / "frames")
         bad = triplets.BadRows("rows", 0)
         one = learner.Learner(checkpoint, chosen, PartialState(cpu=True))
-        found[batch_size] = one.step(0, order.batches(questions, chosen, 0), bad)
+        found[batch_size] = one.step(0, order.batches(questions, chosen, 0, None), bad)
     for name, value in found[4].items():
         assert found[2][name] == pytest.approx(value, rel=2e-6, abs=2e-6), name  # 16 ulps
         assert found[1][name] == pytest.approx(value, rel=2e-6, abs=2e-6), name

@@ -16,7 +16,7 @@ from tests.videos import make, picture
 from vlrt.checkpoint import Checkpoint, expected_tensors
 from vlrt.errors import CheckpointError, ConfigError
 from vlrt.models import registry
-from vlrt.train import learner, loop, prepare, save, settings, triplets
+from vlrt.train import learner, loop, order, prepare, save, settings, triplets
 from vlrt.train.data import VideoQuestions, collate
 from vlrt.train.settings import Lora, Objective, Settings
 from vlrt.train.system import Draw, Trainee, attention_mask, draw
@@ -90,6 +90,45 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(checkpoint, data, tmp_pa
     ref = Checkpoint.open(tmp_path / "whole" / loop.MODEL)
     for name in ref.names():
         assert torch.equal(Checkpoint.open(out).tensor(name), ref.tensor(name)), name
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_level_is_added_at_once_and_after_a_kill_when_it_would_have_been(
+    checkpoint, data, tmp_path, monkeypatch, workers
+):
+    """Catches batches that workers had read ahead, at the old level, and a level that is lost with the process."""
+    monkeypatch.setattr(order.Curriculum, "MIN_ROWS", 8)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    levels = "".join(json.dumps({**row, "metadata": {"n": i // 2}}) + "\n" for i, row in enumerate(rows))
+    data = data.with_name(f"levels-{workers}.jsonl")
+    data.write_text(levels)
+    chosen = replace(QUICK, steps=8, save_every=3, curriculum="n", curriculum_exact=0.0, workers=workers)
+    asked, step = [], learner.Learner.step
+
+    def spy(self, number, batches, *rest):
+        def seen():
+            for batch in batches:
+                asked.append((number, {row.metadata["n"] for row in batch.rows}))
+                yield batch
+
+        return step(self, number, seen(), *rest)
+
+    monkeypatch.setattr(learner.Learner, "step", spy)
+    loop.train(checkpoint.path, data, tmp_path / "whole", chosen)
+    assert all(levels == {0} for number, levels in asked if number < 4)
+    assert any(1 in levels for number, levels in asked if number >= 4)
+    whole = [*asked]
+
+    def die(step, measured):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(checkpoint.path, data, tmp_path / "cut", chosen, report=die)
+    asked.clear()
+    loop.train(checkpoint.path, data, tmp_path / "cut", chosen)
+    assert asked == whole[3:]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
 def test_a_finished_run_returns_at_once_and_another_is_refused(checkpoint, data, tmp_path):

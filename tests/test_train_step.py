@@ -326,6 +326,35 @@ def test_a_curriculum_asks_low_levels_first_and_all_later():
     assert [next(late) for _ in range(5)] == batches[3]
 
 
+def test_a_curriculum_adds_a_level_once_enough_of_the_newest_is_answered_right():
+    """Catches levels that come early, by few rows or by easy ones, and a state that is not gone on from."""
+    rows = levelled([{"n": 5}, {"n": 2}, {}, {"n": 3}])
+    settings = replace(QUICK, curriculum="n", curriculum_exact=0.75)
+    curriculum, right, wrong = order.Curriculum.of(rows, settings), torch.ones(32).bool(), torch.zeros(32).bool()
+    assert [curriculum.highest(batch) for batch in (0, 10**6)] == [0, 0]
+    curriculum.learn([2] * 32, right)  # all right, but few
+    curriculum.learn([2] * 32, right)
+    assert curriculum.newest == 0
+    curriculum.learn([None] * 32, right)  # rows without a level are of the lowest
+    assert curriculum.newest == 1
+    for _ in range(20):
+        curriculum.learn([2] * 32, right)  # of a level that was there before
+        curriculum.learn([3] * 32, wrong)
+    assert curriculum.newest == 1
+    later = order.Curriculum.of(rows, settings)
+    later.state = curriculum.state
+    added = []
+    for _ in range(8):
+        for each in (curriculum, later):
+            each.learn([3] * 32, right)
+        added.append(curriculum.newest == 2)
+        assert later.newest == curriculum.newest
+    assert added.index(True) == 5  # what was wrong weighs (1 - 1/128) ** (32 * 6) = 0.22 by then, and 0.29 before
+    for _ in range(9):
+        curriculum.learn([5] * 32, right)
+    assert curriculum.newest == 2  # there are no more
+
+
 def test_a_curriculum_over_what_no_row_has_is_refused():
     """Catches a misspelt name that leaves the order as it is."""
     with pytest.raises(ConfigError, match="metadata"):

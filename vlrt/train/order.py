@@ -62,8 +62,8 @@ class Curriculum:
         newest: the place of the newest level that is asked, where that goes by the answers.
     """
 
-    DECAY = 0.95  # weight of a row for each step that has passed since
-    MIN_ROWS = 100  # that must have been asked before they tell anything
+    MEMORY = 128  # rows, after which one counts 1/e of what it counted
+    MIN_ROWS = 64  # that must have been asked before they tell anything
 
     def __init__(self, levels: Sequence[object], num_batches: int, exact: float | None) -> None:
         self._known = sorted({level for level in levels if isinstance(level, int | float)})
@@ -99,7 +99,8 @@ class Curriculum:
             return
         of_newest = torch.tensor([self._place(level) == self.newest for level in levels], device=right.device)
         seen, correct = total(torch.stack([of_newest.sum(), (of_newest & right).sum()]).double()).tolist()
-        self._seen, self._right = self.DECAY * self._seen + seen, self.DECAY * self._right + correct
+        kept = (1 - 1 / self.MEMORY) ** seen
+        self._seen, self._right = kept * self._seen + seen, kept * self._right + correct
         enough = self._seen >= self.MIN_ROWS and self._right >= self.exact * self._seen
         if enough and self.newest < self.num_levels - 1:
             self.newest += 1
