@@ -107,7 +107,7 @@ class Learner:
             run_directory.save_state(out, step, tensors)
 
     def load(self, out: Path) -> tuple[int, dict[str, Tensor]]:
-        """Take over the newest state, if there is one, in however many processes; return its step and what is beside."""
+        """Take over the newest state, if any, in however many processes; return its step and what is beside it."""
         step, tensors = run_directory.read_state(out)
         beside: dict[str, Tensor] = {}
         for name, tensor in tensors:
