@@ -64,17 +64,24 @@ def video_attention(
     Returns:
         out [B, S, H, D], and the two caches with slots past_length .. past_length + S written.
     """
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    return video_attention_(q, k, v, cos, sin, k_cache, v_cache, past_length), k_cache, v_cache
+
+
+def video_attention_(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, past_length: Tensor
+) -> Tensor:
+    """`video_attention` that writes into the caches it is given; returns out [B, S, H, D] alone."""
     past = cast(int, past_length.item())  # unlike int(), leaves it symbolic where the backward is traced
     num_new = q.shape[1]
     total = past + num_new
     new = slice(past, total)
     q, k = rotary(q, cos[new], sin[new]), rotary(k, cos[new], sin[new])
-    k_cache, v_cache = k_cache.clone(), v_cache.clone()
     k_cache[:, :, new] = k.transpose(1, 2)
     v_cache[:, :, new] = v.transpose(1, 2)
     mask = torch.ones(num_new, total, dtype=torch.bool, device=q.device).tril(past)
     keys, values = (x[:, :, :total].transpose(1, 2) for x in (k_cache, v_cache))
-    return attention(q, keys, values, mask).contiguous(), k_cache, v_cache
+    return attention(q, keys, values, mask).contiguous()
 
 
 def segment_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -115,6 +122,50 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     high = x if x.dtype == torch.float64 else x.float()
     return weight * (high * torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `x + residual`, and its `rms_norm`: what stands between two blocks of a decoder.
+
+    Args:
+        x: [..., C].
+        residual: [..., C], same dtype as x.
+        weight: [C].
+        eps: added to the mean square.
+    """
+    added = x + residual
+    return added, rms_norm(added, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, both [..., I] (arXiv 2002.05202)."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def patchify(
+    frames: Tensor, mean: Tensor, std: Tensor, patch_size: int, temporal_patch_size: int, merge_size: int
+) -> Tensor:
+    """Normalise frames and cut them into patches, in the order of merge windows: `vlrt.preprocess.patchify`.
+
+    Args:
+        frames: [T, H, W, 3] uint8; T a multiple of temporal_patch_size, H and W of patch_size * merge_size.
+        mean: [3], of the dtype of the result.
+        std: [3].
+        patch_size: rows and columns of a patch.
+        temporal_patch_size: frames of a patch.
+        merge_size: rows and columns of patches in a window.
+
+    Returns:
+        [N, 3 * temporal_patch_size * patch_size**2]: per patch channel, frame, row, column.
+    """
+    size, steps, merge = patch_size, temporal_patch_size, merge_size
+    count, height, width, channels = frames.shape
+    rows, columns = height // size, width // size
+    high = torch.float64 if mean.dtype == torch.float64 else torch.float32
+    levels = (frames.to(high) * (1 / 255) - mean.to(high)) / std.to(high)
+    blocks = levels.reshape(count // steps, steps, rows // merge, merge, size, columns // merge, merge, size, channels)
+    ordered = blocks.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return ordered.reshape(count // steps * rows * columns, -1).to(mean.dtype).contiguous()
 
 
 def latent_injection(

@@ -13,7 +13,11 @@ import vlrt.kernels.schema
 OPS = tuple(vlrt.kernels.schema.SCHEMAS)
 
 video_attention = torch.ops.vlrt.video_attention
+video_attention_ = torch.ops.vlrt.video_attention_
 segment_attention = torch.ops.vlrt.segment_attention
+add_rms_norm = torch.ops.vlrt.add_rms_norm
+swiglu = torch.ops.vlrt.swiglu
+patchify = torch.ops.vlrt.patchify
 
 
 def supported(op: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
