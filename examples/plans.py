@@ -143,7 +143,7 @@ SMALL_MODEL = {
 }
 QUICK = Settings(steps=2, batch_size=4, learning_rate=5e-4, warmup=1, workers=0)
 SMALL = Settings(
-    steps=1000,
+    steps=2000,
     batch_size=32,
     learning_rate=5e-4,
     warmup=30,
@@ -174,7 +174,7 @@ PLANS = {
         ),
         dataclasses.replace(SMALL, steps=350, learning_rate=1e-3, curriculum="", workers=1),
         SMALL,
-        dataclasses.replace(SMALL, steps=400),
+        dataclasses.replace(SMALL, steps=800),
         (0, 1, 2),
     ),
     # One GPU: `--minutes 7` as often as it takes.

@@ -148,7 +148,7 @@ def train_all(out: Path, plan: Plan, chosen: Iterable[Variant], jobs: int, conso
         waiting = {pool.submit(train_one, out, v.name, seed, plan): (v.name, seed) for v, seed in wanted}
         try:
             while waiting:
-                time.sleep(0.5)
+                time.sleep(2)
                 steps = sum(log.read_bytes().count(b"\n") for log in logs if log.exists())
                 progress.update(task, completed=steps)
                 for future in [future for future in waiting if future.done()]:

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 import vlrt
 from vlrt import bundle, config, prompt
 from vlrt.backends import select
-from vlrt.backends.torch import TorchBackend
-from vlrt.bundle import Bundle, Manifest, Precision, Table
+from vlrt.backends.reference import ReferenceBackend
+from vlrt.bundle import BackendName, Bundle, Manifest, Precision, Table
 from vlrt.checkpoint import Checkpoint, expected_tensors
 from vlrt.errors import CheckpointError, ConfigError, ExportError
-from vlrt.export import graphs, onnx, quantize, verify
+from vlrt.export import graphs, onnx, quantize, torch_weights, verify
 from vlrt.models import registry
 
 Progress = Callable[[str, float], None]
@@ -43,8 +43,9 @@ def export(
     Args:
         checkpoint_path: a Hugging Face directory of the Qwen2-VL or Qwen2.5-VL family.
         out: where the bundle goes; None: `<checkpoint name>.vlrt` in the working directory. A bundle there is replaced.
-        backend: "ort".
-        precision: "fp32", or "int8" (linear layers: per-channel weights, per-token activations).
+        backend: "ort", or "torch".
+        precision: ort: "fp32", or "int8" (linear layers: per-channel weights, per-token activations). torch: "fp32",
+            "bf16", "fp16", or "fp8" (linear layers of the decoder, the rest bf16).
         progress: told what is being done and which fraction of the whole is done.
 
     Returns:
@@ -57,20 +58,24 @@ def export(
     """
     if backend not in get_args(bundle.BackendName):
         raise ConfigError(f"backend is {backend!r}; accepted: {', '.join(get_args(bundle.BackendName))}")
-    if precision not in get_args(Precision):
-        raise ConfigError(f"precision is {precision!r}; accepted: {', '.join(get_args(Precision))}")
-    kind: Precision = "int8" if precision == "int8" else "fp32"
+    engine: BackendName = "torch" if backend == "torch" else "ort"
+    if precision not in bundle.PRECISIONS[engine]:
+        raise ConfigError(
+            f"precision is {precision!r}; accepted with the backend {engine}: {', '.join(bundle.PRECISIONS[engine])}"
+        )
+    kind = next(name for name in bundle.PRECISIONS[engine] if name == precision)
     tell = progress or (lambda label, fraction: None)
     checkpoint = Checkpoint.open(checkpoint_path)
     tokenizer = _tokenizer(checkpoint)
-    _check_supported(checkpoint.model)
+    if engine == "ort":
+        _check_supported(checkpoint.model)
     target = Path(out) if out is not None else Path(f"{checkpoint.name}.vlrt")
     with bundle.writing(target) as directory:
         _check_disk(directory, checkpoint, kind)
-        manifest = _write(checkpoint, directory, kind, tell)
+        manifest = _write(checkpoint, directory, engine, kind, tell)
         parity = verify.check(
             select.load(Bundle.open(directory), backend),
-            lambda: TorchBackend(checkpoint, streamed=True),
+            lambda: ReferenceBackend(checkpoint, streamed=True),
             tokenizer,
             kind,
             lambda done: tell("comparing with PyTorch", _WRITE_SHARE + (1 - _WRITE_SHARE) * done),
@@ -80,12 +85,14 @@ def export(
             raise ExportError(
                 "the exported graphs differ from PyTorch, so no bundle was written: "
                 + "; ".join(f"{r.name} {r.value:.3g} (limit {r.limit:.3g})" for r in failed)
-                + (". Export with --precision fp32" if kind == "int8" else ". Please report this checkpoint")
+                + (". Please report this checkpoint" if kind == "fp32" else ". Export with --precision fp32")
             )
     return target
 
 
-def _write(checkpoint: Checkpoint, directory: Path, precision: Precision, tell: Progress) -> Manifest:
+def _write(
+    checkpoint: Checkpoint, directory: Path, engine: BackendName, precision: Precision, tell: Progress
+) -> Manifest:
     """Write every file of a bundle except what the gate adds; return its manifest."""
     cfg = checkpoint.model
     tensor = checkpoint.weight
@@ -107,13 +114,16 @@ def _write(checkpoint: Checkpoint, directory: Path, precision: Precision, tell: 
     if cfg.latent is not None and cfg.latent.rollout == "parallel":
         queries = _write_table(checkpoint, "latent_injection.queries", "queries.bin", directory, "fp32", wrote)
     written = {}
-    for graph, model in graphs.trace_all(registry.build(cfg)):
-        tell(f"writing graph {graph.name}", _WRITE_SHARE * min(done / total, 1.0))
-        recipes = quantize.lower_linears(model, precision)
-        if recipes.pop(quantize.HEAD, None) is not None:
-            onnx.share_table(model, quantize.HEAD, head or embed, directory)
-        onnx.write_graph(model, directory, recipes, fetch, wrote)
-        written[graph.name] = graph
+    if engine == "torch":
+        torch_weights.write(checkpoint, directory, precision, wrote)
+    else:
+        for graph, model in graphs.trace_all(registry.build(cfg)):
+            tell(f"writing graph {graph.name}", _WRITE_SHARE * min(done / total, 1.0))
+            recipes = quantize.lower_linears(model, precision)
+            if recipes.pop(quantize.HEAD, None) is not None:
+                onnx.share_table(model, quantize.HEAD, head or embed, directory)
+            onnx.write_graph(model, directory, recipes, fetch, wrote)
+            written[graph.name] = graph
     for name in prompt.FILES:
         if (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
@@ -121,7 +131,7 @@ def _write(checkpoint: Checkpoint, directory: Path, precision: Precision, tell: 
         schema_version=bundle.SCHEMA_VERSION,
         vlrt_version=vlrt.__version__,
         checkpoint=checkpoint.name,
-        backend="ort",
+        backend=engine,
         precision=precision,
         model=cfg,
         graphs=written,
@@ -182,8 +192,9 @@ def _weight_bytes(cfg: config.Model, precision: Precision) -> int:
     count = {name: int(np.prod(shape)) for name, shape in tensors.items()}
     tables = sum(n for name, n in count.items() if name in ("model.embed_tokens.weight", quantize.HEAD))
     rest = sum(count.values()) - tables
-    if precision == "fp32":
-        return 4 * (rest + tables)
+    width = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}.get(precision)
+    if width is not None:
+        return width * (rest + tables)
     return (
         rest
         + 4 * tables

@@ -16,14 +16,17 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [..., S, H, D].
-        cos: [S, D/2], same dtype as x. Row s belongs to position s of x.
+        cos: [S, D/2], of the dtype of x or wider. Row s belongs to position s of x.
         sin: [S, D/2].
+
+    Returns:
+        Like x, of its dtype.
 
     Source: RoFormer (arXiv 2104.09864), in the half-split layout of Qwen2 and Llama.
     """
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

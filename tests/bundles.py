@@ -14,7 +14,7 @@ import transformers
 from numpy.typing import NDArray
 
 from vlrt import preprocess, prompt, video
-from vlrt.backends.torch import TorchBackend
+from vlrt.backends.reference import ReferenceBackend
 from vlrt.checkpoint import Checkpoint
 from vlrt.runtime import Runtime
 from vlrt.video import Frames
@@ -38,7 +38,7 @@ def square(count: int = 8, height: int = 84, width: int = 112, fps: float = 1.5)
 
 def torch_runtime(checkpoint: Checkpoint) -> Runtime:
     """Return a Runtime on the PyTorch reference."""
-    return Runtime(TorchBackend(checkpoint), prompt.Tokenizer.open(checkpoint.path))
+    return Runtime(ReferenceBackend(checkpoint), prompt.Tokenizer.open(checkpoint.path))
 
 
 class Oracle:

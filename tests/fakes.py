@@ -30,6 +30,8 @@ class FakeBackend:
         full_reads: rows of each `logits`.
     """
 
+    prefill_chunk, vision_chunk = 512, 4096
+
     def __init__(self, model=None):
         self.model = model or fake_model()
         random = np.random.default_rng(0)
@@ -87,6 +89,9 @@ class FakeBackend:
         return np.concatenate(parts)
 
     def lift(self, rows):
+        return rows
+
+    def lower(self, rows):
         return rows
 
     def close(self):

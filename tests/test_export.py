@@ -27,7 +27,7 @@ from hypothesis.extra import numpy as arrays
 from tests.bundles import QUESTION, QUICK, plain_vision, square, torch_runtime
 from vlrt import names
 from vlrt.backends.ort import EXACT_INT8, OrtBackend
-from vlrt.backends.torch import TorchBackend
+from vlrt.backends.reference import ReferenceBackend
 from vlrt.bundle import MANIFEST, Bundle
 from vlrt.checkpoint import WEIGHTS, Checkpoint
 from vlrt.errors import CheckpointError, ConfigError, ExportError
@@ -173,7 +173,7 @@ def test_tables_keep_the_dtype_that_they_can(make_bundle):
 
 def test_the_cache_is_written_in_place(make_bundle, make_checkpoint):
     """Catches a copy of the KV cache per step: past and present must be one buffer, and only new slots may change."""
-    backend, ref = OrtBackend(Bundle.open(make_bundle(**TINY)), 1), TorchBackend(make_checkpoint(**TINY))
+    backend, ref = OrtBackend(Bundle.open(make_bundle(**TINY)), 1), ReferenceBackend(make_checkpoint(**TINY))
     cfg = backend.model.decoder
     embeds = np.random.default_rng(0).standard_normal((6, cfg.hidden_size)).astype(np.float32)
     cos, sin = mrope_cos_sin(np.tile(np.arange(6), (3, 1)), cfg)

@@ -109,10 +109,10 @@ def test_the_text_position_rule_is_the_configs():
 
 @pytest.mark.parametrize("chunk", [1, 7, 63, 10_000])
 @pytest.mark.parametrize("text", [1, 63, 123])
-def test_prefill_in_chunks_equals_one_pass(monkeypatch, chunk, text):
+def test_prefill_in_chunks_equals_one_pass(chunk, text):
     """Catches rows lost or repeated at chunk bounds, and a chunk that meets another chunk's rotary rows."""
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", chunk)
     backend = FakeBackend()
+    backend.prefill_chunk = chunk
     context = a_context(backend, VIDEO, text=text)
     writer = Writer(backend, context, 0)
     np.testing.assert_array_equal(writer.last_hidden, ByHand.of(context).hidden())

@@ -39,7 +39,12 @@ ARROWS = {
     "ops": ["kernels"],
     "models": [*BASE, "ops", "latent"],
     "backends": [*BASE, "bundle", "names", "kv_cache", "positions"],
-    "backends.torch": [*BASE, "kv_cache", "positions", "checkpoint", "models", "ops"],
+    "backends.reference": [*BASE, "kv_cache", "positions", "checkpoint", "models"],
+    "backends.torch": [*BASE, "bundle", "kv_cache", "positions", "models"],
+    "backends.fused_decoder": [*BASE, "models", "ops"],
+    "backends.device_cache": [*BASE, "kv_cache", "ops"],
+    "backends.captured": [],
+    "backends.fp8": [],
     "choices": BASE,
     "generate": [*BASE, "backends.base", "choices", "kv_cache", "latent", "positions", "prompt"],
     "session": [*CORE, "backends", "generate"],
@@ -47,6 +52,7 @@ ARROWS = {
     "runtime": [*CORE, "answer", "backends", "generate", "session"],
     "export": [*BASE, "bundle", "checkpoint", "kernels", "models", "names", "ops", "positions", "prompt"],
     "export.exporter": [*BASE, "bundle", "checkpoint", "models", "prompt", "backends"],
+    "export.torch_weights": ["backends.fp8", "bundle", "checkpoint"],
     "export.verify": [*CORE, "backends", "generate", "session", "runtime"],
     "train": [
         *BASE,
@@ -82,7 +88,22 @@ ARROWS = {
     "scoring": [],
     "evaluate": [*BASE, "answer", "scoring", "train.triplets"],
 }
-NEEDS_AN_ENGINE = {"kernels", "ops", "models", "train", "export", "export.exporter", "export.verify", "backends.torch"}
+NEEDS_AN_ENGINE = {
+    "kernels",
+    "ops",
+    "models",
+    "train",
+    "export",
+    "export.exporter",
+    "export.torch_weights",
+    "export.verify",
+    "backends.reference",
+    "backends.torch",
+    "backends.fused_decoder",
+    "backends.device_cache",
+    "backends.captured",
+    "backends.fp8",
+}
 LOADS_TORCH_WHEN_ASKED_FOR_A_TENSOR = {"checkpoint"}
 SAYS_ITS_VERSION = {"cli", "doctor", "export.exporter"}
 

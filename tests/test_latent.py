@@ -10,7 +10,7 @@ from torch.nn import functional
 from tests.closeness import assert_close
 from tests.fakes import WIDTH, FakeBackend, fake_model
 from vlrt import generate, latent, positions
-from vlrt.backends.torch import TorchBackend
+from vlrt.backends.reference import ReferenceBackend
 from vlrt.errors import ConfigError
 from vlrt.fresh import DEFAULT_LATENT
 from vlrt.generate import Writer
@@ -78,7 +78,7 @@ class TorchWithoutCache(FakeWithoutCache):
     """A checkpoint's modules with the attention of training, in any dtype."""
 
     def __init__(self, checkpoint, dtype):
-        backend = TorchBackend(checkpoint)
+        backend = ReferenceBackend(checkpoint)
         self.backend, self.plan, self.dtype = backend, checkpoint.model.latent, dtype
         self.context = a_context(backend)
         self.module = registry.build(checkpoint.model)
@@ -148,14 +148,14 @@ def test_rollouts_of_a_real_model_equal_the_loop_without_cache(make_checkpoint, 
     recurrent = make_checkpoint(latent={**DEFAULT_LATENT, "injection": mode})
     plain, exact = (TorchWithoutCache(recurrent, dtype) for dtype in (torch.float32, torch.float64))
     expected = list(zip(exact.recurrent(4), plain.recurrent(4), strict=True))
-    for out, (ref, rough) in zip(reason(TorchBackend(recurrent)), expected, strict=False):
+    for out, (ref, rough) in zip(reason(ReferenceBackend(recurrent)), expected, strict=False):
         assert_close(out, ref, rough)
     # The two checkpoints share every weight: `fresh` draws each by its name alone.
     for rounds in (1, 3, 4):
         parallel = make_checkpoint(
             latent={**DEFAULT_LATENT, "injection": mode, "rollout": "parallel", "rounds": rounds}
         )
-        latents, hidden, _ = reason(TorchBackend(parallel))
+        latents, hidden, _ = reason(ReferenceBackend(parallel))
         assert_close(latents[:rounds], expected[0][0][:rounds], expected[0][1][:rounds])
         if rounds == 4:
             assert_close(hidden, *expected[1])
@@ -221,7 +221,7 @@ def test_given_latents_in_a_real_model(tiny_checkpoint, count):
     """Catches arrays of the wrong library, or an empty one that an engine does not take."""
     plain, exact = (TorchWithoutCache(tiny_checkpoint, dtype) for dtype in (torch.float32, torch.float64))
     given = np.random.default_rng(5).standard_normal((count, 128)).astype(np.float32)
-    latents, hidden, _ = reason(TorchBackend(tiny_checkpoint), lambda own: given)
+    latents, hidden, _ = reason(ReferenceBackend(tiny_checkpoint), lambda own: given)
     np.testing.assert_array_equal(latents, given)
     assert_close(hidden, exact.after(given.astype(np.float64)), plain.after(given))
 
@@ -302,7 +302,7 @@ def by_hand(checkpoint, mode, hidden, pooled, dtype):
 def test_injection_through_the_backend_equals_the_formula(make_checkpoint, mode, settings, sizes):
     """Catches tensors loaded into each other's places, heads of another number, and a mode that reads the video."""
     checkpoint = make_checkpoint(latent={**DEFAULT_LATENT, "injection": mode, **settings})
-    backend = TorchBackend(checkpoint)
+    backend = ReferenceBackend(checkpoint)
     random = torch.Generator().manual_seed(0)
     hidden, pooled = (30 * torch.randn(rows, 128, generator=random) for rows in sizes)
     out = backend.inject(hidden, backend.remember(pooled))
@@ -312,8 +312,8 @@ def test_injection_through_the_backend_equals_the_formula(make_checkpoint, mode,
 
 def test_no_video_is_neutral(make_checkpoint):
     """Catches a question without a video whose latents are moved by the look-up in nothing."""
-    looking = TorchBackend(make_checkpoint())
-    mlp = TorchBackend(make_checkpoint(latent={**DEFAULT_LATENT, "injection": "mlp"}))
+    looking = ReferenceBackend(make_checkpoint())
+    mlp = ReferenceBackend(make_checkpoint(latent={**DEFAULT_LATENT, "injection": "mlp"}))
     hidden = torch.randn(4, 128, generator=torch.Generator().manual_seed(0))
     ids = np.arange(9)
     context = generate.read(looking, Prompt(ids, (), ""), torch.zeros(0, 128))

@@ -7,7 +7,7 @@ import torch
 from tests.closeness import assert_close
 from tests.oracle import oracles
 from vlrt import positions
-from vlrt.backends.torch import TorchBackend
+from vlrt.backends.reference import ReferenceBackend
 from vlrt.errors import CheckpointError
 from vlrt.models import registry
 from vlrt.models.decoder import CachedAttention, FullAttention
@@ -75,7 +75,7 @@ def test_states_and_logits_equal_transformers(make_checkpoint, sizes, how, lengt
     checkpoint = a_checkpoint(make_checkpoint, DECODERS[sizes], **HOW.get(how, {}))
     ids, where = some_input(checkpoint, length)
     plain, exact = (oracle.read(torch.from_numpy(ids), torch.from_numpy(where), ()) for oracle in oracles(checkpoint))
-    backend = TorchBackend(checkpoint)
+    backend = ReferenceBackend(checkpoint)
     tables = positions.mrope_cos_sin(where, checkpoint.model.decoder)
     hidden = backend.decode(backend.prepare(length), backend.embed(ids), *tables)
     assert_close(hidden, exact[0], plain[0])
@@ -143,7 +143,7 @@ def test_gradients_equal_transformers(make_checkpoint):
 
 def test_the_head_reads_last_states_in_float(tiny_checkpoint):
     """Catches logits of another type than NumPy's float32, which callers promise to each other."""
-    backend = TorchBackend(tiny_checkpoint)
+    backend = ReferenceBackend(tiny_checkpoint)
     hidden = backend.embed(np.arange(3))
     assert (backend.logits(hidden).dtype, backend.logits(hidden).shape) == (np.float32, (3, 384))
     assert backend.row_logits(hidden[:1], np.array([5, 1])).dtype == np.float32
@@ -154,7 +154,7 @@ def test_the_head_reads_last_states_in_float(tiny_checkpoint):
 def test_streamed_equals_loaded(make_checkpoint, family, tie):
     """Catches a layer that streaming forgets, fills with another layer's weights, or keeps after use."""
     checkpoint = make_checkpoint(family=family, tie=tie)
-    whole, streamed = TorchBackend(checkpoint), TorchBackend(checkpoint, streamed=True)
+    whole, streamed = ReferenceBackend(checkpoint), ReferenceBackend(checkpoint, streamed=True)
     ids, where = some_input(checkpoint, 63)
     tables = positions.mrope_cos_sin(where, checkpoint.model.decoder)
     pixels = np.random.default_rng(0).standard_normal((2 * 6 * 10, checkpoint.model.vision.patch_dim))
@@ -191,7 +191,7 @@ def test_streaming_holds_one_layer_at_a_time(make_checkpoint):
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(look)
     ids, where = some_input(checkpoint, 7)
-    model.model(TorchBackend(checkpoint).embed(ids)[None], cached(checkpoint, where))
+    model.model(ReferenceBackend(checkpoint).embed(ids)[None], cached(checkpoint, where))
     assert seen == [[0], [1], [2]]
 
 

@@ -13,7 +13,7 @@ import torch
 from tests.closeness import assert_close
 from tests.oracle import oracles
 from vlrt import generate, positions
-from vlrt.backends.torch import TorchBackend
+from vlrt.backends.reference import ReferenceBackend
 from vlrt.generate import Writer
 from vlrt.prompt import Prompt, Span
 
@@ -82,7 +82,7 @@ def read_by(oracle, asked):
 def test_every_state_and_logit_equals_transformers(make_checkpoint, family, media):
     """Catches video tokens in the wrong places or order, and any position that the two read differently."""
     checkpoint = make_checkpoint(family=family)
-    backend, asked = TorchBackend(checkpoint), ask(checkpoint.model, PROMPTS[media])
+    backend, asked = ReferenceBackend(checkpoint), ask(checkpoint.model, PROMPTS[media])
     context = read(backend, asked)
     np.testing.assert_array_equal(context.positions, asked.positions)
     tables = positions.mrope_cos_sin(context.positions, checkpoint.model.decoder)
@@ -107,7 +107,7 @@ def greedy(oracle, asked, count):
 def test_greedy_answers_equal_transformers(make_checkpoint, family, media, seed):
     """Catches a cache or a position that goes astray after the prompt, one token at a time."""
     checkpoint = make_checkpoint(family=family)
-    backend, asked = TorchBackend(checkpoint), ask(checkpoint.model, PROMPTS[media], seed=seed)
+    backend, asked = ReferenceBackend(checkpoint), ask(checkpoint.model, PROMPTS[media], seed=seed)
     writer = Writer(backend, read(backend, asked), 20)
     found = list(writer.answer(max_tokens=20, min_tokens=0, eos=()))
     assert found == greedy(oracles(checkpoint)[0], asked, 20)
@@ -118,7 +118,7 @@ def test_greedy_answers_equal_transformers(make_checkpoint, family, media, seed)
 def test_logits_of_given_tokens_equal_transformers(make_checkpoint, family, media):
     """Catches what greedy answers of an untrained model hide when they repeat one token: a step fed twice or not."""
     checkpoint = make_checkpoint(family=family)
-    backend, asked = TorchBackend(checkpoint), ask(checkpoint.model, PROMPTS[media])
+    backend, asked = ReferenceBackend(checkpoint), ask(checkpoint.model, PROMPTS[media])
     given = np.random.default_rng(3).integers(0, 250, 16).tolist()
     writer = Writer(backend, read(backend, asked), 16)
     out = np.concatenate([backend.logits(writer.feed_tokens([token_id])) for token_id in given])
@@ -130,11 +130,11 @@ def test_logits_of_given_tokens_equal_transformers(make_checkpoint, family, medi
 
 
 @pytest.mark.parametrize("chunk", [1, 63])
-def test_prefill_in_chunks_equals_transformers(make_checkpoint, monkeypatch, chunk):
+def test_prefill_in_chunks_equals_transformers(make_checkpoint, chunk):
     """Catches a chunk that begins or ends within a video and loses its past or its places."""
-    monkeypatch.setattr(generate, "PREFILL_CHUNK", chunk)
     checkpoint = make_checkpoint()
-    backend, asked = TorchBackend(checkpoint), ask(checkpoint.model, PROMPTS["images and videos in turn"])
+    backend, asked = ReferenceBackend(checkpoint), ask(checkpoint.model, PROMPTS["images and videos in turn"])
+    backend.prefill_chunk = chunk
     writer = Writer(backend, read(backend, asked), 0)
     plain, exact = (read_by(oracle, asked)[0][-1:] for oracle in oracles(checkpoint))
     assert_close(writer.last_hidden, exact, plain)
@@ -145,7 +145,7 @@ def test_prefill_in_chunks_equals_transformers(make_checkpoint, monkeypatch, chu
 def test_spellings_of_a_checkpoint_say_the_same(make_checkpoint, family, how):
     """Catches a spelling whose tensors land in other places than transformers puts them."""
     checkpoint = make_checkpoint(family=family, **how)
-    backend, asked = TorchBackend(checkpoint), ask(checkpoint.model, PROMPTS["one video"])
+    backend, asked = ReferenceBackend(checkpoint), ask(checkpoint.model, PROMPTS["one video"])
     writer = Writer(backend, read(backend, asked), 16)
     found = list(writer.answer(max_tokens=16, min_tokens=0, eos=()))
     assert found == greedy(oracles(checkpoint)[0], asked, 16)
@@ -153,7 +153,7 @@ def test_spellings_of_a_checkpoint_say_the_same(make_checkpoint, family, how):
 
 def test_a_video_in_parts_reads_as_one(tiny_checkpoint):
     """Catches a runtime that encodes a long video in parts and joins them in another order than one pass would."""
-    backend, asked = TorchBackend(tiny_checkpoint), ask(tiny_checkpoint.model, PROMPTS["one video"])
+    backend, asked = ReferenceBackend(tiny_checkpoint), ask(tiny_checkpoint.model, PROMPTS["one video"])
     pixels, rows = asked.pixels[0], 6 * 10
     parts = [backend.encode(pixels[i * rows : (i + 2) * rows], (2, 6, 10)) for i in (0, 2)]
     context = generate.read(backend, asked.prompt, backend.join(parts))

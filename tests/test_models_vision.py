@@ -6,7 +6,7 @@ import torch
 
 from tests.closeness import assert_close
 from tests.oracle import oracles
-from vlrt.backends.torch import TorchBackend
+from vlrt.backends.reference import ReferenceBackend
 from vlrt.models import registry
 
 # name -> family and what differs from the tiny shape; each row a layout that a tower could get wrong alone
@@ -46,14 +46,14 @@ def test_video_tokens_equal_transformers(make_checkpoint, tower, tokens):
     grid_thw = (tokens[0], tokens[1] * merge, tokens[2] * merge)
     pixels = some_pixels(checkpoint.model.vision, grid_thw)
     plain, exact = (oracle.vision(torch.from_numpy(pixels), grid_thw) for oracle in oracles(checkpoint))
-    assert_close(TorchBackend(checkpoint).encode(pixels, grid_thw), exact, plain)
+    assert_close(ReferenceBackend(checkpoint).encode(pixels, grid_thw), exact, plain)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_temporal_patches_do_not_see_each_other(make_checkpoint, family):
     """Catches attention across time, which would make a video encoded in parts differ from one encoded whole."""
     checkpoint = a_checkpoint(make_checkpoint, family, {})
-    backend = TorchBackend(checkpoint)
+    backend = ReferenceBackend(checkpoint)
     pixels = some_pixels(checkpoint.model.vision, (5, 6, 10))
     whole = backend.encode(pixels, (5, 6, 10))
     parts = [(0, 1), (1, 3), (3, 5)]

@@ -8,7 +8,7 @@ import torch
 
 from tests.closeness import assert_close
 from vlrt import generate, positions
-from vlrt.backends.torch import TorchBackend
+from vlrt.backends.reference import ReferenceBackend
 from vlrt.generate import Writer
 from vlrt.models import registry
 from vlrt.prompt import Prompt, Span
@@ -52,7 +52,7 @@ def batch_steps(model, found):
 
 def test_a_batch_rolls_out_what_inference_does(checkpoint):
     """Catches padding that leaks into shorter prompts, positions that count padding, and a second rollout."""
-    backend = TorchBackend(checkpoint)
+    backend = ReferenceBackend(checkpoint)
     found = list(contexts(backend))
     model = registry.build(checkpoint.model)
     registry.load(model, checkpoint.weight)
@@ -87,7 +87,7 @@ def test_the_rollout_is_differentiable_for_full_backpropagation(make_checkpoint)
     checkpoint = make_checkpoint(latent={"num_latents": 4, "num_heads": 4, "injection": "mlp_xattn"})
     model = registry.build(checkpoint.model)
     registry.load(model, checkpoint.weight)
-    found = list(contexts(TorchBackend(checkpoint)))
+    found = list(contexts(ReferenceBackend(checkpoint)))
     steps = batch_steps(model, found)
     leaf = torch.zeros(1, len(found), steps.start_hidden.shape[-1], requires_grad=True)
     steps.start_hidden = steps.start_hidden + leaf
@@ -100,7 +100,7 @@ def test_fewer_latents_and_rounds_can_be_drawn(make_checkpoint):
     checkpoint = make_checkpoint(latent={"num_latents": 4, "rollout": "parallel", "rounds": 4, "injection": "mlp"})
     model = registry.build(checkpoint.model)
     registry.load(model, checkpoint.weight)
-    found = list(contexts(TorchBackend(checkpoint)))
+    found = list(contexts(ReferenceBackend(checkpoint)))
     plan = replace(checkpoint.model.latent, num_latents=2, rounds=1)
     with torch.no_grad():
         assert rollout.roll_out(model, batch_steps(model, found), plan)[0].shape[:2] == (2, 2)

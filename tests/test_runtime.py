@@ -453,7 +453,7 @@ def test_a_model_without_latents_refuses_them(plain):
 def test_opening_refuses_what_it_does_not_know(make_bundle, make_checkpoint, tmp_path):
     """Catches a fallback to another backend, and a checkpoint taken for a bundle."""
     path = make_bundle(**MODEL)
-    with pytest.raises(ConfigError, match="backend is 'tensorrt'; accepted: auto, ort"):
+    with pytest.raises(ConfigError, match="backend is 'tensorrt'; accepted: auto, ort, torch"):
         Runtime.open(path, backend="tensorrt")
     for threads in (0, 1025, 100_000, "2"):
         with pytest.raises(ConfigError, match=f"threads is {threads!r}; accepted: a whole number from 1 to 1024"):

@@ -11,7 +11,7 @@ import pytest
 
 from tests.bundles import QUESTION, QUICK, Oracle, plain_vision, square, torch_runtime
 from tests.videos import make
-from vlrt import generate, prompt, runtime
+from vlrt import prompt
 from vlrt.runtime import Runtime
 
 COUNT = 24  # tokens that every answer is made to have
@@ -120,12 +120,11 @@ def test_a_full_number_of_rounds_equals_a_recurrent_rollout(make_checkpoint, mak
     np.testing.assert_allclose(out.latents, ref.latents, rtol=1e-3, atol=1e-5)
 
 
-def test_work_in_pieces_gives_the_same_answer(make_bundle, monkeypatch):
+def test_work_in_pieces_gives_the_same_answer(make_bundle):
     """Catches a vision tower or prefill that depends on how its input is cut: a pass per temporal patch, five ids."""
     with Runtime.open(make_bundle(**UNTIED)) as opened:
         ref = opened.ask(square(), QUESTION, **FORCED)
-        monkeypatch.setattr(runtime, "VISION_CHUNK", 1)
-        monkeypatch.setattr(generate, "PREFILL_CHUNK", 5)
+        opened._backend.vision_chunk, opened._backend.prefill_chunk = 1, 5
         out = opened.ask(square(), QUESTION, **FORCED)
     assert out.token_ids == ref.token_ids
     np.testing.assert_allclose(out.latents, ref.latents, rtol=1e-3, atol=1e-5)

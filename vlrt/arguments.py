@@ -34,6 +34,20 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
     rate = _number(float, 1e-9, "a number above 0")
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    def engine(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--backend",
+            default="auto",
+            choices=["auto", "ort", "torch"],
+            help="the engine to run in (default: the one that the bundle was written for)",
+        )
+        sub.add_argument(
+            "--device",
+            default="auto",
+            choices=["auto", "cpu", "cuda"],
+            help="where to run it (default: a GPU where the engine can use one)",
+        )
+
     def verb(name: str, *, under: Any = verbs, **arguments: dict[str, Any]) -> argparse.ArgumentParser:
         summary = (commands[name].__doc__ or "").strip()
         sub: argparse.ArgumentParser = under.add_parser(name, help=summary, description=summary, allow_abbrev=False)
@@ -47,8 +61,15 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
         checkpoint={"metavar": "CHECKPOINT", "help": "a Hugging Face checkpoint directory, or a name: shapes-latent"},
     )
     sub.add_argument("-o", "--output", help="the bundle to write or replace (default: <checkpoint name>.vlrt)")
-    sub.add_argument("--backend", choices=["ort"], default="ort", help="the engine to write for (default: ort)")
-    sub.add_argument("--precision", choices=["fp32", "int8"], default="fp32", help="of the weights (default: fp32)")
+    sub.add_argument(
+        "--backend", choices=["ort", "torch"], default="ort", help="the engine to write for (default: ort)"
+    )
+    sub.add_argument(
+        "--precision",
+        choices=["fp32", "int8", "bf16", "fp16", "fp8"],
+        default="fp32",
+        help="of the weights (default: fp32); int8: ort alone; bf16, fp16 and fp8: torch alone",
+    )
 
     sub = verb(
         "ask",
@@ -68,7 +89,7 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
     frames.add_argument("--num-frames", type=count, metavar="N", help="sample so many frames, evenly")
     frames.add_argument("--fps", type=rate, metavar="F", help="sample so many frames per second of video")
     sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: the engine's choice)")
-    sub.add_argument("--backend", default="auto", choices=["auto", "ort"], help="the engine to run in (default: auto)")
+    engine(sub)
     sub.add_argument("--json", action="store_true", help="print the Answer as one JSON object")
     sub.add_argument("--stream", action="store_true", help="print the answer as it comes")
 
@@ -114,6 +135,7 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
     frames = sub.add_mutually_exclusive_group()
     frames.add_argument("--num-frames", type=count, metavar="N", help="sample so many frames, evenly")
     frames.add_argument("--fps", type=rate, metavar="F", help="sample so many frames per second of video")
+    engine(sub)
     sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: the engine's choice)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 

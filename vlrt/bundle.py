@@ -28,8 +28,12 @@ SEAL = "sha256"  # the key of a manifest's own hash
 MAX_MANIFEST_BYTES = 16 * 1024**2
 _BLOCK_BYTES = 4 * 1024**2
 
-Precision = Literal["fp32", "int8"]
-BackendName = Literal["ort"]
+Precision = Literal["fp32", "int8", "bf16", "fp16", "fp8"]
+BackendName = Literal["ort", "torch"]
+PRECISIONS: dict[BackendName, tuple[Precision, ...]] = {
+    "ort": ("fp32", "int8"),
+    "torch": ("fp32", "bf16", "fp16", "fp8"),
+}
 TableDtype = Literal["float32", "bfloat16", "float16"]
 _STORED: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
@@ -77,7 +81,7 @@ class Manifest:
     backend: BackendName
     precision: Precision
     model: config.Model
-    graphs: dict[str, names.Graph]  # inputs and outputs of each; its file is <name>.onnx, its weights <name>.bin
+    graphs: dict[str, names.Graph]  # ort: inputs and outputs of each; its file is <name>.onnx, its weights <name>.bin
     embed: Table
     head: Table | None  # rows of the output head; None: they are those of `embed`
     queries: Table | None  # of the parallel rollout
@@ -122,12 +126,12 @@ class Bundle:
 
     @property
     def precision(self) -> str:
-        """Precision of the weights: fp32 or int8."""
+        """Precision of the weights, one of PRECISIONS of its backend."""
         return self.manifest.precision
 
     @property
     def backend(self) -> str:
-        """Engine that the graphs were written for."""
+        """Engine that it was written for."""
         return self.manifest.backend
 
     @property

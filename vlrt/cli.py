@@ -20,6 +20,8 @@ import vlrt
 from vlrt import arguments
 from vlrt.errors import BackendUnavailable, BundleError, VlrtError
 
+DECODER_WEIGHTS = {"ort": "decoder.bin", "torch": "weights-000.safetensors"}  # tell bundles apart
+
 EXIT_ERROR, EXIT_CLOSED_PIPE = 1, 141  # after a signal: 128 + its number
 
 
@@ -111,7 +113,7 @@ def ask(args: argparse.Namespace) -> None:
     """Ask a bundle one question about one video."""
     if args.stream and (args.json or args.choices):
         args.parser.error(f"argument --stream: not allowed with {'--json' if args.json else '--choices'}")
-    with vlrt.Runtime.open(args.bundle, backend=args.backend, threads=args.threads) as runtime:
+    with vlrt.Runtime.open(args.bundle, backend=args.backend, device=args.device, threads=args.threads) as runtime:
         options = {
             "reasoning": args.reasoning,
             "max_tokens": args.max_tokens,
@@ -335,14 +337,14 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = {
         "checkpoint": bundle.manifest.checkpoint,
         "precision": bundle.precision,
-        "decoder_sha256": bundle.manifest.files["decoder.bin"].sha256,
+        "decoder_sha256": bundle.manifest.files[DECODER_WEIGHTS[bundle.backend]].sha256,
         "data": str(args.data),
         "ask": {name: value for name, value in options.items() if value is not None},
     }
     results = args.output or Path(f"{Path(args.bundle).name}.{args.data.stem}.results.jsonl")
     console = Console(stderr=True)
     with (
-        vlrt.Runtime.open(args.bundle, threads=args.threads) as runtime,
+        vlrt.Runtime.open(args.bundle, backend=args.backend, device=args.device, threads=args.threads) as runtime,
         Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress,
     ):
         task = progress.add_task("questions", total=len(rows))

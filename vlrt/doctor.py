@@ -55,10 +55,12 @@ def survey() -> dict[str, Any]:
 def abilities() -> list[Ability]:
     """Return one row per backend, and one for exporting."""
     cuda = "this version of vlrt has no such backend; the ort backend runs on the CPU"
+    torch = select.unavailable("torch")
     return [
         _ort(),
         exact_int8(platform.machine(), _cpu()["features"]),
-        Ability("torch backend", False, "this version of vlrt has no such backend; torch only serves the export"),
+        Ability("torch backend, CPU", torch is None, torch or f"torch {_version('torch')}"),
+        _torch_cuda(torch),
         Ability("ort backend, CUDA", False, cuda),
         Ability("tensorrt backend", False, cuda),
         _export(),
@@ -68,6 +70,18 @@ def abilities() -> list[Ability]:
 def _ort() -> Ability:
     reason = select.unavailable("ort")
     return Ability("ort backend, CPU", reason is None, reason or f"onnxruntime {_version('onnxruntime')}")
+
+
+def _torch_cuda(reason: str | None) -> Ability:
+    name = "torch backend, CUDA"
+    if reason is not None:
+        return Ability(name, False, reason)
+    from vlrt.backends.torch import unavailable
+
+    if (reason := unavailable("cuda")) is not None:
+        return Ability(name, False, reason)
+    triton = _version("triton")
+    return Ability(name, triton is not None, f"triton {triton}" if triton else "not installed: triton")
 
 
 def exact_int8(architecture: str, features: list[str] | None) -> Ability:

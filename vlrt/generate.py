@@ -17,7 +17,6 @@ from vlrt.errors import BundleError, ConfigError
 Replace = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 _NO_NUMBERS = "the model computes NaN here: its answer would mean nothing; export it again, or report the checkpoint"
-PREFILL_CHUNK = 512  # positions per decoder pass: bounds the attention scores that a pass holds
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class Writer:
         )
         if replace is not None:
             self.rewind(len(latents) + 1)
-            latents = self._backend.lift(replace(np.asarray(latents)))
+            latents = self._backend.lift(replace(self._backend.lower(latents)))
             hidden = latent.feed_given(self, latents, end)
         self.last_hidden = hidden
         return latents
@@ -205,8 +204,9 @@ class Writer:
         """Prefill in chunks; return the hidden state [1, C] of the last position."""
         cos, sin = positions.mrope_cos_sin(context.positions, self._backend.model.decoder)
         hidden: Array = None
-        for start in range(0, len(context.embeds), PREFILL_CHUNK):
-            chunk = slice(start, start + PREFILL_CHUNK)
+        size = self._backend.prefill_chunk
+        for start in range(0, len(context.embeds), size):
+            chunk = slice(start, start + size)
             hidden = self._backend.decode(self._cache, context.embeds[chunk], cos[chunk], sin[chunk])
         return hidden[-1:]
 

@@ -25,7 +25,6 @@ from vlrt.video import Frames, load
 
 Source = str | os.PathLike[str] | bytes | Sequence[str | os.PathLike[str]] | Frames
 
-VISION_CHUNK = 4096  # patches per pass of the vision tower, rounded up to whole temporal patches
 ANSWER_TAG = "<answer>"  # where a chain of thought turns into the answer
 ANSWER_END = "</answer>"  # what ends it
 MAX_THREADS = 1024  # more is a slip, and the engine takes minutes to start them
@@ -55,13 +54,16 @@ class Runtime:
         self._backend: Backend | None = backend
 
     @classmethod
-    def open(cls, path: str | Path, *, backend: str = "auto", threads: int | None = None) -> "Runtime":
+    def open(
+        cls, path: str | Path, *, backend: str = "auto", device: str = "auto", threads: int | None = None
+    ) -> "Runtime":
         """Load a bundle; each file's hash is checked when it is loaded.
 
         Args:
             path: a directory that `vlrt export` wrote.
-            backend: "auto" or a backend's name ("ort").
-            threads: of one graph run; None: one per core that this process may use.
+            backend: "ort", "torch", or "auto": the one that the bundle was written for.
+            device: "cpu", "cuda" (backend "torch" alone), or "auto": a GPU where there is one that the backend can use.
+            threads: of one graph run; None: one per core that this process may use. Of PyTorch: in the whole process.
 
         Raises:
             BundleError: not a bundle, or damaged.
@@ -74,7 +76,7 @@ class Runtime:
         for name in prompt.FILES:
             if (bundle.path / name).exists():
                 bundle.file(name)
-        return cls(select.load(bundle, backend, threads), prompt.Tokenizer.open(bundle.path))
+        return cls(select.load(bundle, backend, device, threads), prompt.Tokenizer.open(bundle.path))
 
     def ask(
         self,
@@ -220,7 +222,7 @@ class Runtime:
         latents = None
         if request.reasoning == "latent":
             with clock("latents"):
-                latents = np.asarray(writer.reason(context, self._replacement(backend, request)))
+                latents = backend.lower(writer.reason(context, self._replacement(backend, request)))
         written: list[int] = []
         lead: list[int] = []
         if not request.choices or request.reasoning == "cot":
@@ -315,7 +317,7 @@ class Runtime:
     def _encode(self, backend: Backend, frames: Frames, grid: tuple[int, int, int], clock: Clock) -> Array:
         """Run the vision tower over chunks of whole temporal patches; return video tokens [N_v, C]."""
         cfg, parts = self.model, []
-        step = max(1, VISION_CHUNK // (grid[1] * grid[2]))
+        step = max(1, backend.vision_chunk // (grid[1] * grid[2]))
         for start in range(0, grid[0], step):
             with clock("preprocess"):
                 patches = preprocess.patchify(frames, cfg.video, cfg.vision, start, min(start + step, grid[0]))
@@ -349,7 +351,7 @@ class Runtime:
             return None
         if isinstance(given, np.ndarray):
             return lambda own: given
-        pad = np.asarray(backend.embed(np.array([plan.pad_token_id], np.int64)))
+        pad = backend.lower(backend.embed(np.array([plan.pad_token_id], np.int64)))
         return lambda own: ablate("dummy" if given == "dummy" else "noise", own, pad_embed=pad)
 
 

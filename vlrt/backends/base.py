@@ -17,9 +17,17 @@ Ids = NDArray[np.int64]
 
 
 class Backend(Protocol):
-    """One loaded model. Safe to use from several threads, each with a cache of its own."""
+    """One loaded model. Safe to use from several threads, each with a cache of its own.
+
+    Attributes:
+        model: its config.
+        prefill_chunk: positions of the longest decoder pass: bounds the attention scores that a pass holds.
+        vision_chunk: patches per pass of the vision tower, rounded up to whole temporal patches.
+    """
 
     model: config.Model
+    prefill_chunk: int
+    vision_chunk: int
 
     def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Array:
         """Map the patches [N, patch_dim] of whole temporal patches to video tokens [N_v, C]."""
@@ -53,6 +61,9 @@ class Backend(Protocol):
 
     def lift(self, rows: Floats) -> Array:
         """Make rows of NumPy an array of the engine's kind."""
+
+    def lower(self, rows: Array) -> Floats:
+        """Make an array of the engine's kind one of NumPy, float32."""
 
     def close(self) -> None:
         """Free what the engine holds."""

@@ -44,6 +44,8 @@ class OrtBackend:
         BundleError: a file is damaged, or a graph does not load or breaks the contract of names.py.
     """
 
+    prefill_chunk, vision_chunk = 512, 4096
+
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
         self.model = bundle.model
         self.threads = threads or num_usable_cores()
@@ -157,6 +159,10 @@ class OrtBackend:
         return np.concatenate(parts)
 
     def lift(self, rows: Floats) -> Floats:
+        """See `base.Backend`."""
+        return rows
+
+    def lower(self, rows: Floats) -> Floats:
         """See `base.Backend`."""
         return rows
 

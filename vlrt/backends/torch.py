@@ -1,83 +1,109 @@
-"""The stages of a checkpoint in PyTorch on the CPU: the reference that exports and tests are held against.
+"""The stages of a bundle in PyTorch: on a GPU with hand-written kernels and CUDA graphs, on the CPU with the reference.
 
-Runs models/ in fp32, either whole or layer by layer with one layer's weights in memory at a time.
+Weights, activations and the cache are in the bundle's precision; rotary tables are float32. On a GPU all work is put
+into one queue, and the host waits for it only where it needs numbers: for logits, never between latents.
 """
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlrt import positions
-from vlrt.backends.base import Floats, Ids
-from vlrt.checkpoint import Checkpoint
+from vlrt.backends.captured import Captured, LastUsed
+from vlrt.backends.device_cache import DeviceCache, LentAttention, Pool, Storage
+from vlrt.backends.fused_decoder import FusedDecoder
+from vlrt.bundle import Bundle, Table
+from vlrt.errors import BackendUnavailable, BundleError
 from vlrt.kv_cache import KVCache
 from vlrt.models import registry
-from vlrt.models.decoder import CachedAttention
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+MAX_CAPTURED_ROWS = 32  # positions of a decoder pass that is replayed: latents, answers, choices
+MAX_GRIDS = 4  # vision towers that are kept recorded
+SIZES = {"cpu": (512, 4096), "cuda": (8192, 32_768)}  # positions, and patches, per pass
 
 
 class TorchBackend:
-    """See `base.Backend`. Arrays are torch tensors.
+    """See `base.Backend`. Arrays are torch tensors on the device.
 
     Args:
-        checkpoint: an opened checkpoint.
-        streamed: hold the weights of one layer at a time, fetched anew at every pass; else all of them, in fp32.
+        bundle: an opened bundle, written for this backend; every file that is loaded is verified first.
+        device: "cpu", "cuda", or "auto": a GPU where there is one.
+        threads: of PyTorch on the CPU, in the whole process; None: as they are.
+
+    Raises:
+        BackendUnavailable: the device is not there.
+        BundleError: a file is damaged, or weights are missing.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, streamed: bool = False) -> None:
-        self.model = checkpoint.model
-        self._fetch = checkpoint.weight
+    def __init__(self, bundle: Bundle, device: str = "auto", threads: int | None = None) -> None:
+        self.model = bundle.model
+        self.device = _device(device)
+        self.prefill_chunk, self.vision_chunk = SIZES[self.device.type]
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._dtype = DTYPES[bundle.precision]
+        self._table = self._load_table(bundle, bundle.manifest.embed)
+        self._head = self._table if bundle.manifest.head is None else self._load_table(bundle, bundle.manifest.head)
+        fetch = weights(bundle)
         self._module = registry.build(self.model)
-        if streamed:
-            registry.stream(self._module, self._fetch)
-        else:
-            registry.load(self._module, self._fetch)
-        self._table = self._fetch("model.embed_tokens.weight")
+        self._queries = None
+        for name, part in (("visual", self._module.visual), ("latent_injection", self._module.latent_injection)):
+            if part is not None:
+                registry.load(part, fetch, prefix=f"{name}.", dtype=self._dtype)
+                part.to(self.device)
+        self._decoder = FusedDecoder(self.model.decoder, fetch, self._dtype, self.device)
+        self._pool = Pool(self.model.decoder, self._dtype, self.device)
+        self._towers = LastUsed(MAX_GRIDS)
+        self._recording = threading.Lock()
 
     @torch.inference_mode()
-    def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Tensor:
+    def encode(self, pixels: Any, grid_thw: tuple[int, int, int]) -> Tensor:
         """See `base.Backend`."""
         vision = self.model.vision
-        inputs: list[Any] = [pixels, *positions.vision_cos_sin(grid_thw, vision), positions.frame_seqlens(grid_thw)]
+        inputs: list[Any] = [*positions.vision_cos_sin(grid_thw, vision), positions.frame_seqlens(grid_thw)]
         if vision.window_size:
             order, bounds = positions.window_index(grid_thw, vision)
             inputs += [order, np.argsort(order), bounds]
-        out: Tensor = self._module.visual(*(torch.from_numpy(x) for x in inputs))
-        return out
+        given = (self._upload(pixels).to(self._dtype), *(self._upload(x) for x in inputs))
+        if self.device.type != "cuda":
+            out: Tensor = self._module.visual(*given)
+            return out
+        with self._recording:
+            return self._towers(grid_thw, self._module.visual, given)
 
-    def embed(self, ids: Ids) -> Tensor:
+    @torch.no_grad()  # no inference mode: callers write video tokens into what it returns
+    def embed(self, ids: Any) -> Tensor:
         """See `base.Backend`."""
-        return self._table[torch.from_numpy(ids)].float()
+        return self._table[self._upload(np.asarray(ids))]
 
-    def prepare(self, capacity: int) -> KVCache:
+    def prepare(self, capacity: int) -> DeviceCache:
         """See `base.Backend`."""
-        return KVCache(self.model.decoder, capacity)
+        return self._pool.lend(capacity)
 
     @torch.inference_mode()
-    def decode(self, cache: KVCache, inputs_embeds: Tensor, cos: Floats, sin: Floats) -> Tensor:
+    def decode(self, cache: KVCache, inputs_embeds: Tensor, cos: Any, sin: Any) -> Tensor:
         """See `base.Backend`."""
+        assert isinstance(cache, DeviceCache), "the cache must come from this backend's prepare"
         cache.place(cos, sin)
-        keys, values = ([torch.from_numpy(x) for x in caches] for caches in (cache.keys, cache.values))
-        tables = torch.from_numpy(cache.cos), torch.from_numpy(cache.sin)
-        attend = CachedAttention(*tables, torch.from_numpy(cache.past_length), keys, values)
-        out: Tensor = self._module.model(inputs_embeds[None], attend)[0]
-        cache.keys = [x.numpy() for x in attend.keys]
-        cache.values = [x.numpy() for x in attend.values]
+        hidden = self._pass(cache.storage, inputs_embeds)
         cache.advance(len(inputs_embeds))
-        return out
+        return hidden
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Floats:
+    def logits(self, hidden: Tensor) -> Any:
         """See `base.Backend`."""
-        out: Floats = self._module.lm_head(hidden).numpy()
-        return out
+        return self.lower(hidden @ self._head.t())
 
-    def row_logits(self, hidden: Tensor, ids: Ids) -> Floats:
+    @torch.inference_mode()
+    def row_logits(self, hidden: Tensor, ids: Any) -> Any:
         """See `base.Backend`."""
-        head = self._table if self.model.decoder.tie_word_embeddings else self._fetch("lm_head.weight")
-        out: Floats = (head[torch.from_numpy(ids)].float() @ hidden[0]).numpy()
-        return out
+        return self.lower(self._head[self._upload(np.asarray(ids))] @ hidden[0])
 
     @torch.inference_mode()
     def remember(self, pooled: Tensor) -> Any:
@@ -90,23 +116,96 @@ class TorchBackend:
     @torch.inference_mode()
     def inject(self, hidden: Tensor, memory: Any) -> Tensor:
         """See `base.Backend`."""
-        assert self._module.latent_injection is not None, "a checkpoint without latents injects none"
+        assert self._module.latent_injection is not None, "a bundle without latents injects none"
         out: Tensor = self._module.latent_injection(hidden[None], memory)[0]
         return out
 
     def queries(self) -> Tensor | None:
         """See `base.Backend`."""
-        injection = self._module.latent_injection
-        return injection.queries.detach() if injection is not None and hasattr(injection, "queries") else None
+        return getattr(self._module.latent_injection, "queries", None)
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """See `base.Backend`."""
         return torch.cat(parts)
 
-    def lift(self, rows: Floats) -> Tensor:
+    def lift(self, rows: Any) -> Tensor:
         """See `base.Backend`."""
-        return torch.from_numpy(rows)
+        return self._upload(rows).to(self._dtype)
+
+    def lower(self, rows: Tensor) -> Any:
+        """See `base.Backend`."""
+        return rows.float().cpu().numpy()
 
     def close(self) -> None:
         """See `base.Backend`."""
-        del self._module, self._table
+        del self._module, self._decoder, self._table, self._head, self._pool, self._towers
+
+    def _pass(self, storage: Storage, inputs_embeds: Tensor) -> Tensor:
+        """Run the decoder over positions [S, C] behind what the storage holds."""
+
+        def run(x: Tensor) -> Tensor:
+            return self._decoder(x[None], LentAttention(storage))[0]
+
+        size = len(inputs_embeds)
+        if self.device.type != "cuda" or size > MAX_CAPTURED_ROWS:
+            return run(inputs_embeds)
+        if size not in storage.graphs:
+            with self._recording:
+                storage.graphs[size] = Captured(run, (inputs_embeds,))
+        replay: Callable[..., Tensor] = storage.graphs[size]
+        return replay(inputs_embeds)
+
+    def _upload(self, array: Any) -> Tensor:
+        """Put an array on the device; from pinned memory, so that the host goes on."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _load_table(self, bundle: Bundle, table: Table) -> Tensor:
+        bundle.table(table)  # verifies it
+        path, dtype = str(bundle.path / table.file), getattr(torch, table.dtype)
+        mapped = torch.from_file(path, shared=False, size=table.rows * table.columns, dtype=dtype)
+        return mapped.view(table.rows, table.columns).to(self.device, self._dtype)
+
+
+def weights(bundle: Bundle) -> Callable[[str], Tensor]:
+    """Return what hands out the weights of a bundle by their Hugging Face names, memory-mapped, as they are stored.
+
+    Raises:
+        BundleError: a file is damaged, or, when it is asked for, a weight is missing.
+    """
+    opened: dict[str, Any] = {}
+    for name in bundle.manifest.files:
+        if name.endswith(".safetensors"):
+            path = bundle.file(name)
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise BundleError(f"{path} cannot be read: {error}; export the bundle again") from error
+            names: list[str] = file.keys()  # type: ignore[no-untyped-call]  # a method of Rust
+            opened |= dict.fromkeys(names, file)
+
+    def fetch(name: str) -> Tensor:
+        if name not in opened:
+            raise BundleError(f"{bundle.path} lacks the weight {name!r}; export it again")
+        tensor: Tensor = opened[name].get_tensor(name)
+        return tensor
+
+    return fetch
+
+
+def unavailable(device: str) -> str | None:
+    """Return why a device cannot be used on this machine, as a sentence, or None if it can."""
+    if device == "cuda" and not torch.cuda.is_available():
+        built = "has no GPU that it can use" if torch.version.cuda else "was built without CUDA"
+        return f"PyTorch {torch.__version__} {built}"
+    return None
+
+
+def _device(given: str) -> torch.device:
+    if given == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (reason := unavailable(given)) is not None:
+        raise BackendUnavailable(f"device {given!r} cannot be used: {reason}; accepted here: 'cpu'")
+    return torch.device(given)
