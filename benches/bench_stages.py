@@ -93,7 +93,7 @@ def _start(path: Path, clip: Path, threads: int | None) -> Connection:
 def _worker(connection: Connection, path: Path, clip: Path, threads: int | None) -> None:
     """Answer requests (num_frames, reasoning, tokens) until told None."""
     start = time.perf_counter()
-    runtime = vlrt.Runtime.open(path, threads=threads)
+    runtime = vlrt.Runtime.open(path, threads=threads, video_cache_bytes=0)
     opened = time.perf_counter() - start
     runtime.ask(clip, QUESTION, reasoning="latent", num_frames=16, max_tokens=1)
     first = time.perf_counter() - start

@@ -148,7 +148,11 @@ def main() -> None:
         subprocess.run(command, check=True)
     rows = make_questions(seed)
     console.print(f"\nClips that the models have not seen (seed {seed}):")
-    with vlrt.Runtime.open(bundles["latent"]) as latent, vlrt.Runtime.open(bundles["cot"]) as cot:
+    # Nothing is remembered from one question to the next: what is timed is a first question about a video.
+    with (
+        vlrt.Runtime.open(bundles["latent"], video_cache_bytes=0) as latent,
+        vlrt.Runtime.open(bundles["cot"], video_cache_bytes=0) as cot,
+    ):
         runtimes = {"latent": latent, "cot": cot}
         found = ask_all(runtimes, rows, console.print)
         for way, name in MODELS.items():

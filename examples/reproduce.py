@@ -163,7 +163,7 @@ def score(out: Path, variant: Variant, seed: int, threads: int | None = None) ->
     """Ask the test set through a variant's bundle; return the means."""
     folder = job_folder(out, variant, seed)
     settings = {"model": slug(variant.same_as or variant.name), "seed": seed, "ask": dict(variant.ask)}
-    with vlrt.Runtime.open(folder / "bundle.vlrt", threads=threads) as runtime:
+    with vlrt.Runtime.open(folder / "bundle.vlrt", threads=threads, video_cache_bytes=0) as runtime:
         rows = triplets.read(rows_file(out / "data", "test", variant.sight)).rows
         found = evaluate.run(Asker(runtime), rows, folder / f"{slug(variant.name)}.jsonl", settings)
     return evaluate.summarise(found)

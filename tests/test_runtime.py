@@ -37,7 +37,7 @@ STAGES = ["decode", "preprocess", "vision", "prefill", "latents", "answer", "tot
 
 @pytest.fixture(scope="module")
 def opened(make_bundle):
-    with Runtime.open(make_bundle(**MODEL)) as opened:
+    with Runtime.open(make_bundle(**MODEL), video_cache_bytes=0) as opened:  # test_session.py has what is remembered
         yield opened
 
 

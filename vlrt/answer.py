@@ -24,6 +24,7 @@ class Usage:
     num_frames: int  # of the video, after sampling; the repeats that fill the last temporal patch are not counted
     video_tokens: int
     prompt_tokens: int  # video tokens included
+    reused_tokens: int  # of the prompt, which had been read for an earlier question about the video
     latents: int
     answer_tokens: int  # a written chain of thought included
     peak_host_memory_bytes: int  # of the process so far; 0 where the platform does not tell

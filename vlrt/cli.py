@@ -344,7 +344,13 @@ def evaluate(args: argparse.Namespace) -> None:
     results = args.output or Path(f"{Path(args.bundle).name}.{args.data.stem}.results.jsonl")
     console = Console(stderr=True)
     with (
-        vlrt.Runtime.open(args.bundle, backend=args.backend, device=args.device, threads=args.threads) as runtime,
+        vlrt.Runtime.open(
+            args.bundle,
+            backend=args.backend,
+            device=args.device,
+            threads=args.threads,
+            video_cache_bytes=0,  # each row's seconds are those of a first question
+        ) as runtime,
         Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress,
     ):
         task = progress.add_task("questions", total=len(rows))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vlrt import choices, config, latent, positions, prompt
 from vlrt.backends.base import Array, Backend
 from vlrt.errors import BundleError, ConfigError
+from vlrt.kv_cache import KVCache
 
 Replace = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -21,19 +22,31 @@ _NO_NUMBERS = "the model computes NaN here: its answer would mean nothing; expor
 
 @dataclass(frozen=True)
 class Context:
-    """Everything that a model reads before it reasons.
+    """What a model reads before it reasons: all of it, or what follows something that it has read.
 
     Attributes:
         embeds: [S, C], text embeddings with the video tokens in their places.
         positions: [3, S] int64, M-RoPE.
         next_position: position of the next text token.
         pooled: [T_v, C], the video tokens, mean-pooled over space per temporal patch; one row of zeros without a video.
+        start: number of positions before these.
     """
 
     embeds: Array
     positions: NDArray[np.int64]
     next_position: int
     pooled: Array
+    start: int = 0
+
+    @property
+    def end(self) -> int:
+        """Number of positions, those before the context included."""
+        return self.start + len(self.embeds)
+
+    def upto(self, stop: int) -> "Context":
+        """Return what stands before position `stop`; its next position is not known."""
+        size = stop - self.start
+        return Context(self.embeds[:size], self.positions[:, :size], -1, self.pooled, self.start)
 
 
 def read(backend: Backend, built: prompt.Prompt, video_tokens: Array) -> Context:
@@ -52,14 +65,30 @@ def read(backend: Backend, built: prompt.Prompt, video_tokens: Array) -> Context
         embeds[span.start : span.start + span.num_tokens] = tokens
         pooled.append(tokens.reshape(span.grid_thw[0], -1, tokens.shape[-1]).mean(1))
         done += span.num_tokens
-    at, after = positions.mrope_positions(
+    return Context(embeds, *_positions(cfg, built), backend.join(pooled) if pooled else 0 * embeds[:1])
+
+
+def read_rest(backend: Backend, built: prompt.Prompt, pooled: Array, start: int) -> Context:
+    """Return what follows position `start` of a prompt, behind all of its media.
+
+    Args:
+        backend: embeds the ids.
+        built: ids and spans.
+        pooled: as `read` returned it for these media.
+        start: where it begins.
+    """
+    at, after = _positions(backend.model, built)
+    return Context(backend.embed(built.ids[start:]), at[:, start:], after, pooled, start)
+
+
+def _positions(cfg: config.Model, built: prompt.Prompt) -> tuple[NDArray[np.int64], int]:
+    return positions.mrope_positions(
         built.ids,
         built.spans,
         tokens_per_second=cfg.vision.tokens_per_second,
         spatial_merge_size=cfg.vision.spatial_merge_size,
         rule=cfg.text_position_after_video,
     )
-    return Context(embeds, at, after, backend.join(pooled) if pooled else 0 * embeds[:1])
 
 
 def check_length(model: config.Model, length: int, room: int, advice: str = "") -> None:
@@ -81,19 +110,31 @@ def check_length(model: config.Model, length: int, room: int, advice: str = "") 
 class Writer:
     """A sequence under way: its cache, and where the next text token stands. Steps of rollouts, choices and answers."""
 
-    def __init__(self, backend: Backend, context: Context, room: int) -> None:
-        """Read a context into a new cache that has `room` slots beyond it.
+    def __init__(self, backend: Backend, context: Context, room: int, cache: KVCache | None = None) -> None:
+        """Read a context into a cache, and leave `room` slots beyond it.
+
+        Args:
+            backend: reads.
+            context: what is read.
+            room: slots.
+            cache: what stands before the context, with as many slots; None: a new one, for a context from 0 on.
 
         Raises:
             ConfigError: context and room exceed the positions that the model was made for.
         """
-        check_length(backend.model, len(context.embeds), room)
+        check_length(backend.model, context.end, room)
         self._backend = backend
         self._memory: Any = None
-        self._cache = backend.prepare(len(context.embeds) + room)
+        self._cache = backend.prepare(context.end + room) if cache is None else cache
+        assert self._cache.length == context.start
         self._position = context.next_position
         self._pending: list[int] = []
         self.last_hidden = self._read(context)
+
+    @property
+    def cache(self) -> KVCache:
+        """What was read and written so far."""
+        return self._cache
 
     def feed(self, embeds: Array) -> Array:
         """Append embeds [S, C] at the next text positions; return their hidden states [S, C]."""

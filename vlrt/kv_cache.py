@@ -69,6 +69,22 @@ class KVCache:
         assert 0 <= count <= self.length
         self.past_length -= np.int32(count)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the slots in use."""
+        parts = [*self.keys, *self.values, self.cos, self.sin]
+        return sum(part.nbytes for part in parts) * self.length // self.capacity
+
+    def take(self, other: "KVCache") -> None:
+        """Copy what another cache holds into this one, which is empty and has as many slots or more."""
+        assert self.length == 0
+        count = other.length
+        for mine, its in ((self.keys, other.keys), (self.values, other.values)):
+            for target, source in zip(mine, its, strict=True):
+                target[:, :, :count] = source[:, :, :count]
+        self.place(other.cos[:count], other.sin[:count])
+        self.advance(count)
+
     def view(self, layer: int) -> tuple[Array, Array]:
         """Return the keys and values in use of one layer, [1, H_kv, length, D] each, without copying."""
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]

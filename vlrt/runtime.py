@@ -3,59 +3,50 @@
 The one place where all stages meet. Knows no engine from within: `backends` run the stages.
 """
 
-import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt import preprocess, prompt
-from vlrt.answer import Answer, Clock, Stream, Usage, peak_host_memory_bytes
+from vlrt import preprocess, prompt, request
+from vlrt.answer import Answer, Clock, Stream
 from vlrt.backends import select
 from vlrt.backends.base import Array, Backend
 from vlrt.bundle import Bundle
+from vlrt.content import Source, content_key
 from vlrt.errors import ConfigError
-from vlrt.generate import Replace, Writer, check_length, read
-from vlrt.latent import ABLATIONS, ablate
+from vlrt.memory import Memory, Shown, build
+from vlrt.request import Request
+from vlrt.session import Clip, Recent, drain
 from vlrt.video import Frames, load
 
-Source = str | os.PathLike[str] | bytes | Sequence[str | os.PathLike[str]] | Frames
-
-ANSWER_TAG = "<answer>"  # where a chain of thought turns into the answer
-ANSWER_END = "</answer>"  # what ends it
 MAX_THREADS = 1024  # more is a slip, and the engine takes minutes to start them
-DEFAULT_MAX_TOKENS: Mapping[str, int] = {"latent": 128, "direct": 128, "cot": 1024}
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A checked question."""
-
-    question: str
-    reasoning: prompt.Reasoning
-    choices: tuple[str, ...]
-    choice_ids: tuple[tuple[int, ...], ...]  # each ends in an end token; after a chain, behind the closing tag
-    max_tokens: int
-    min_tokens: int
-    latents: NDArray[np.float32] | str | None
+VIDEO_CACHE_BYTES = 256 * 1024**2
 
 
 class Runtime:
     """A loaded model. One serves several threads: each call has a KV cache of its own, graphs are shared."""
 
-    def __init__(self, backend: Backend, tokenizer: prompt.Tokenizer) -> None:
+    def __init__(
+        self, backend: Backend, tokenizer: prompt.Tokenizer, *, video_cache_bytes: int = VIDEO_CACHE_BYTES
+    ) -> None:
         """Wrap a loaded backend. `Runtime.open` makes one from a bundle."""
         self.model = backend.model
         self.tokenizer = tokenizer
         self._backend: Backend | None = backend
+        self._recent = Recent(video_cache_bytes)
 
     @classmethod
     def open(
-        cls, path: str | Path, *, backend: str = "auto", device: str = "auto", threads: int | None = None
+        cls,
+        path: str | Path,
+        *,
+        backend: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        video_cache_bytes: int = VIDEO_CACHE_BYTES,
     ) -> "Runtime":
         """Load a bundle; each file's hash is checked when it is loaded.
 
@@ -64,6 +55,8 @@ class Runtime:
             backend: "ort", "torch", or "auto": the one that the bundle was written for.
             device: "cpu", "cuda" (backend "torch" alone), or "auto": a GPU where there is one that the backend can use.
             threads: of one graph run; None: one per core that this process may use. Of PyTorch: in the whole process.
+            video_cache_bytes: of what was computed about the videos asked about last, so that another question about
+                one of them takes less; 0: nothing is kept.
 
         Raises:
             BundleError: not a bundle, or damaged.
@@ -72,11 +65,14 @@ class Runtime:
         """
         if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
             raise ConfigError(f"threads is {threads!r}; accepted: a whole number from 1 to {MAX_THREADS}")
+        if not isinstance(video_cache_bytes, int) or video_cache_bytes < 0:
+            raise ConfigError(f"video_cache_bytes is {video_cache_bytes!r}; accepted: a whole number, 0 or more")
         bundle = Bundle.open(path)
         for name in prompt.FILES:
             if (bundle.path / name).exists():
                 bundle.file(name)
-        return cls(select.load(bundle, backend, device, threads), prompt.Tokenizer.open(bundle.path))
+        loaded = select.load(bundle, backend, device, threads)
+        return cls(loaded, prompt.Tokenizer.open(bundle.path), video_cache_bytes=video_cache_bytes)
 
     def ask(
         self,
@@ -109,14 +105,17 @@ class Runtime:
             VideoError: the video cannot be used.
             ConfigError: a setting is out of range, or the prompt is longer than the model's positions.
         """
-        request = self._check(question, choices, reasoning, max_tokens, min_tokens, latents)
-        pieces = self._answer(video, request, num_frames, fps)
-        while True:
-            try:
-                next(pieces)
-            except StopIteration as stop:
-                answer: Answer = stop.value
-                return answer
+        asked = request.check(
+            self.model,
+            self.tokenizer,
+            question,
+            choices=choices,
+            reasoning=reasoning,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            latents=latents,
+        )
+        return drain(self._answer(video, asked, num_frames, fps))
 
     def stream(
         self,
@@ -134,12 +133,39 @@ class Runtime:
         Raises:
             ConfigError: a setting is out of range; `ask`'s other errors come with the first piece.
         """
-        request = self._check(question, None, reasoning, max_tokens, min_tokens, None)
-        return Stream(self._answer(video, request, num_frames, fps))
+        asked = request.check(
+            self.model, self.tokenizer, question, reasoning=reasoning, max_tokens=max_tokens, min_tokens=min_tokens
+        )
+        return Stream(self._answer(video, asked, num_frames, fps))
+
+    def open_video(self, video: Source, *, num_frames: int | None = None, fps: float | None = None) -> Clip:
+        """Read a video once, for many questions.
+
+        What is kept are keys and values of every layer for each of its tokens. It is of no use beyond this Runtime, but
+        may outlive its `close`.
+
+        Args:
+            video: as in `ask`.
+            num_frames: as in `ask`.
+            fps: as in `ask`.
+
+        Raises:
+            VideoError: the video cannot be used.
+            ConfigError: a setting is out of range, or the video is longer than the model's positions.
+        """
+        backend, clock = self._open_backend(), Clock()
+        shown, frames = self._look(video, num_frames, fps, clock)
+        asked = request.check(self.model, self.tokenizer, "?", max_tokens=1)
+        build(self.tokenizer, self.model, asked, shown.media)  # whether it fits, before the vision tower runs
+        tokens = self._encode(backend, frames, shown.media.grid_thw, clock)
+        memory = Memory(backend, self.model, self.tokenizer, shown, tokens)
+        memory.read()
+        return Clip(memory, self.model, self.tokenizer)
 
     def close(self) -> None:
         """Let the model go, once answers under way in other threads have ended. Later calls raise ConfigError."""
         self._backend = None
+        self._recent.clear()
 
     def __enter__(self) -> "Runtime":
         return self
@@ -149,170 +175,41 @@ class Runtime:
     ) -> None:
         self.close()
 
-    def _check(
-        self,
-        question: str,
-        choices: Sequence[str] | None,
-        reasoning: prompt.Reasoning | None,
-        max_tokens: int | None,
-        min_tokens: int,
-        latents: NDArray[np.float32] | str | None,
-    ) -> _Request:
-        """Refuse what cannot be asked before any work is done."""
-        how: prompt.Reasoning = reasoning or ("latent" if self.model.latent else "direct")
-        if how not in DEFAULT_MAX_TOKENS:
-            raise ConfigError(f"reasoning is {how!r}; accepted: {', '.join(DEFAULT_MAX_TOKENS)}")
-        if how == "latent" and self.model.latent is None:
-            raise ConfigError("reasoning is 'latent', but this model has no latents; accepted: 'direct', 'cot'")
-        prompt.check_text("question", question)
-        most = DEFAULT_MAX_TOKENS[how] if max_tokens is None else max_tokens
-        if not (isinstance(most, int) and isinstance(min_tokens, int)) or most < 1 or not 0 <= min_tokens <= most:
-            raise ConfigError(
-                f"max_tokens is {most} and min_tokens {min_tokens}; accepted: whole numbers, max_tokens of 1 or more, "
-                "min_tokens from 0 to max_tokens"
-            )
-        given = tuple(choices) if isinstance(choices, Iterable) and not isinstance(choices, str) else ()
-        if choices is not None and len(given) < 2:
-            raise ConfigError(f"choices are {choices!r}; accepted: a list of two or more answers")
-        if not all(isinstance(c, str) and c for c in given) or len(set(given)) < len(given):
-            raise ConfigError(f"choices are {list(given)!r}; accepted: different answers, none of them empty")
-        for choice in given:
-            prompt.check_text("choice", choice)
-        closing = self.tokenizer.encode(ANSWER_END) if how == "cot" else []
-        ids = tuple((*self.tokenizer.encode(c), *closing, self.model.tokens.eos_token_ids[0]) for c in given)
-        if len(set(ids)) < len(ids):
-            raise ConfigError(f"choices are {list(given)!r}; accepted: answers that differ to the tokenizer as well")
-        return _Request(question, how, given, ids, most, min_tokens, self._check_latents(how, latents))
-
-    def _check_latents(self, how: str, latents: Any) -> NDArray[np.float32] | str | None:
-        if latents is None:
-            return None
-        width = self.model.decoder.hidden_size
-        named = isinstance(latents, str) and latents in ABLATIONS and latents != "shuffled"
-        shaped = isinstance(latents, np.ndarray) and latents.ndim == 2 and latents.shape[1] == width
-        if how != "latent" or not (named or (shaped and latents.dtype.kind in "fiu" and np.isfinite(latents).all())):
-            raise ConfigError(
-                f"latents are {getattr(latents, 'shape', latents)!r} with reasoning {how!r}; accepted with 'latent': "
-                f"an array [L, {width}] of finite numbers, 'dummy' or 'noise'"
-            )
-        return latents if named else np.asarray(latents, np.float32)
-
     def _answer(
-        self, video: Source, request: _Request, num_frames: int | None, fps: float | None
+        self, video: Source, asked: Request, num_frames: int | None, fps: float | None
     ) -> Generator[str, None, Answer]:
-        """Run all stages; yield text as it is written and return the Answer."""
+        """Run all stages that were not run for an earlier question; yield text as it is written, return the Answer."""
+        backend, clock = self._open_backend(), Clock()
+        with clock("decode"):
+            key = content_key(video, num_frames, fps) if self._recent.max_bytes else None
+        memory = None if key is None else self._recent.take(key)
+        if memory is None:
+            shown, frames = self._look(video, num_frames, fps, clock)
+            with clock("prefill"):  # before the vision tower, which may take minutes
+                build(self.tokenizer, self.model, asked, shown.media)
+            tokens = self._encode(backend, frames, shown.media.grid_thw, clock)
+            memory = Memory(backend, self.model, self.tokenizer, shown, tokens)
+        try:
+            return (yield from memory.answer(asked, clock))
+        finally:
+            if key is not None and self._backend is not None:
+                self._recent.put(key, memory)
+
+    def _open_backend(self) -> Backend:
         backend = self._backend
         if backend is None:
             raise ConfigError("this Runtime is closed; open the bundle again")
-        clock = Clock()
+        return backend
+
+    def _look(self, video: Source, num_frames: int | None, fps: float | None, clock: Clock) -> tuple[Shown, Frames]:
+        """Decode a video, and resize its frames."""
         with clock("decode"):
             frames = load(video, self.model.video, self.model.vision, num_frames=num_frames, fps=fps)
         with clock("preprocess"):
-            shown = preprocess.resized(frames, self.model.video, self.model.vision)
-            media = self._media(shown)
-        with clock("prefill"):
-            built = prompt.build(self.tokenizer, self.model, request.question, [media], reasoning=request.reasoning)
-            room = self._room(request)
-            # before the vision tower, which may take minutes
-            check_length(self.model, len(built.ids), room, self._frames_that_fit(built, room))
-        tokens = self._encode(backend, shown, media.grid_thw, clock)
-        with clock("prefill"):
-            context = read(backend, built, tokens)
-            writer = Writer(backend, context, room)
-        latents = None
-        if request.reasoning == "latent":
-            with clock("latents"):
-                latents = backend.lower(writer.reason(context, self._replacement(backend, request)))
-        written: list[int] = []
-        lead: list[int] = []
-        if not request.choices or request.reasoning == "cot":
-            lead = yield from self._write(writer, request, built.ids.tolist(), written, clock)
-        log_scores = None
-        if request.choices:
-            with clock("answer"):
-                log_scores = writer.score(request.choice_ids, lead)
-        return self._finish(request, frames, built, latents, written, log_scores, clock)
-
-    def _write(
-        self, writer: Writer, request: _Request, seen: list[int], written: list[int], clock: Clock
-    ) -> Generator[str, None, list[int]]:
-        """Write freely, yielding text.
-
-        Before choices, stop where the answer's tag is complete, and return the ids that are missing to make it so: a
-        token that runs on beyond the tag is taken back.
-        """
-        decoder = self.tokenizer.decoder()
-        ids = writer.answer(
-            max_tokens=request.max_tokens,
-            min_tokens=request.min_tokens,
-            eos=self.model.tokens.eos_token_ids,
-            seen=seen,
-            penalty=self.model.repetition_penalty,
-        )
-        text = ""
-        while True:
-            with clock("answer"):
-                token_id = next(ids, None)
-                piece = decoder.finish() if token_id is None else decoder.push(token_id)
-            before, text = text, text + piece
-            if request.choices and ANSWER_TAG in text and not text.endswith(ANSWER_TAG) and token_id is not None:
-                writer.take_back()
-                return self.tokenizer.encode(ANSWER_TAG[_overlap(before, ANSWER_TAG) :])
-            if token_id is not None:
-                written.append(token_id)
-            if piece:
-                yield piece
-            if request.choices and text.endswith(ANSWER_TAG):
-                return []
-            if token_id is None:
-                return self.tokenizer.encode(ANSWER_TAG)
-
-    def _finish(
-        self,
-        request: _Request,
-        frames: Frames,
-        built: prompt.Prompt,
-        latents: NDArray[np.float32] | None,
-        written: list[int],
-        log_scores: list[float] | None,
-        clock: Clock,
-    ) -> Answer:
-        """Put the answer together."""
-        text, thought, choice, scores = self.tokenizer.decode(written), None, None, None
-        usage = Usage(
-            num_frames=len(frames.data),
-            video_tokens=sum(span.num_tokens for span in built.spans),
-            prompt_tokens=len(built.ids),
-            latents=0 if latents is None else len(latents),
-            answer_tokens=len(written),
-            peak_host_memory_bytes=peak_host_memory_bytes(),
-        )
-        if request.reasoning == "cot":
-            thought, text = prompt.split_cot(text)
-        if log_scores is not None:
-            best = int(np.argmax(log_scores))
-            text = choice = request.choices[best]
-            scores = dict(zip(request.choices, np.exp(log_scores).tolist(), strict=True))
-            written = self.tokenizer.encode(choice)
-        return Answer(
-            text=text,
-            token_ids=tuple(written),
-            choice=choice,
-            scores=scores,
-            finished=choice is not None or usage.answer_tokens < request.max_tokens,
-            reasoning=request.reasoning,
-            thought=thought,
-            latents=latents,
-            usage=usage,
-            timings=clock.timings(),
-            warnings=frames.warnings,
-        )
-
-    def _media(self, frames: Frames) -> prompt.Media:
-        """Say how many tokens resized frames will have, and when."""
-        vision = self.model.vision
-        seconds = preprocess.seconds_per_temporal_patch(frames, vision)
-        return prompt.Media(frames.is_image, preprocess.grid_of(frames, vision), seconds)
+            vision, resized = self.model.vision, preprocess.resized(frames, self.model.video, self.model.vision)
+            seconds = preprocess.seconds_per_temporal_patch(resized, vision)
+            media = prompt.Media(resized.is_image, preprocess.grid_of(resized, vision), seconds)
+        return Shown(media, len(frames.data), frames.warnings), resized
 
     def _encode(self, backend: Backend, frames: Frames, grid: tuple[int, int, int], clock: Clock) -> Array:
         """Run the vision tower over chunks of whole temporal patches; return video tokens [N_v, C]."""
@@ -324,37 +221,3 @@ class Runtime:
             with clock("vision"):
                 parts.append(backend.encode(patches.pixels, patches.grid_thw))
         return backend.join(parts)
-
-    def _frames_that_fit(self, built: prompt.Prompt, room: int) -> str:
-        """Return the advice how many frames of this size fit the model's positions; "" where not even two do."""
-        (span,) = built.spans
-        per_step = span.num_tokens // span.grid_thw[0]
-        left = self.model.decoder.max_positions - room - (len(built.ids) - span.num_tokens)
-        frames = left // per_step * self.model.vision.temporal_patch_size
-        return f"; {frames} frames of this size fit (num_frames={frames})" if frames > 0 else ""
-
-    def _room(self, request: _Request) -> int:
-        """Slots that the sequence may take beyond its prompt."""
-        room, plan, given = 0, self.model.latent, request.latents
-        if request.reasoning == "latent" and plan is not None:
-            room += 1 + max(plan.num_latents, len(given) if isinstance(given, np.ndarray) else 0)
-        if not request.choices or request.reasoning == "cot":
-            room += request.max_tokens
-        if request.choices:
-            room += max(map(len, request.choice_ids)) + len(self.tokenizer.encode(ANSWER_TAG))
-        return room
-
-    def _replacement(self, backend: Backend, request: _Request) -> Replace | None:
-        """Return what an ablation puts in place of the model's own latents."""
-        given, plan = request.latents, self.model.latent
-        if given is None or plan is None:
-            return None
-        if isinstance(given, np.ndarray):
-            return lambda own: given
-        pad = backend.lower(backend.embed(np.array([plan.pad_token_id], np.int64)))
-        return lambda own: ablate("dummy" if given == "dummy" else "noise", own, pad_embed=pad)
-
-
-def _overlap(text: str, tag: str) -> int:
-    """Return how many characters of a tag the end of a text already has."""
-    return next(n for n in range(len(tag), -1, -1) if text.endswith(tag[:n]))

@@ -92,6 +92,23 @@ class DeviceCache(KVCache):
         """Free the last `count` slots."""
         self._move(-count)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the slots in use."""
+        held = self.storage
+        parts = [*held.keys, *held.values, held.cos, held.sin]
+        return sum(x.numel() * x.element_size() for x in parts) * self._length // held.capacity
+
+    def take(self, other: KVCache) -> None:
+        """Copy what another cache holds into this one, which is empty and has as many slots or more."""
+        assert isinstance(other, DeviceCache) and self._length == 0  # noqa: PT018 - one condition of the caller
+        count, mine, its = other.length, self.storage, other.storage
+        for targets, sources in ((mine.keys, its.keys), (mine.values, its.values)):
+            for target, source in zip(targets, sources, strict=True):
+                target[:, :, :count] = source[:, :, :count]
+        mine.cos[:count], mine.sin[:count] = its.cos[:count], its.sin[:count]
+        self.advance(count)
+
     def view(self, layer: int) -> tuple[Any, Any]:
         """Return the keys and values in use of one layer, [1, H_kv, length, D] each, without copying."""
         return self.storage.keys[layer][:, :, : self._length], self.storage.values[layer][:, :, : self._length]

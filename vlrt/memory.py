@@ -1,0 +1,244 @@
+"""What was computed about one video, and answers about it: questions are appended, answered, and taken back.
+
+The prompt up to the video's end is read once. Knows how a question is answered where video tokens are there; no file,
+no vision tower, and no engine from within.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlrt import config, prompt
+from vlrt.answer import Answer, Clock, Usage, peak_host_memory_bytes
+from vlrt.backends.base import Array, Backend
+from vlrt.generate import Context, Replace, Writer, check_length, read, read_rest
+from vlrt.kv_cache import KVCache
+from vlrt.latent import ablate
+from vlrt.request import ANSWER_TAG, Request
+
+SLACK = 512  # slots for questions and answers that an opened video begins with; they grow where a question takes more
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a model is shown of a video.
+
+    Attributes:
+        media: its size in patches, and its times.
+        num_frames: that were sampled.
+        warnings: what was odd about the source.
+    """
+
+    media: prompt.Media
+    num_frames: int
+    warnings: tuple[str, ...] = ()
+
+
+class Memory:
+    """What was computed about a video: its tokens, and keys and values of the prompt up to its end.
+
+    Args:
+        backend: reads and writes.
+        model: of the backend.
+        tokenizer: of the model.
+        shown: what was encoded.
+        tokens: [N_v, C], of the vision tower.
+    """
+
+    def __init__(
+        self, backend: Backend, model: config.Model, tokenizer: prompt.Tokenizer, shown: Shown, tokens: Array
+    ) -> None:
+        self.shown = shown
+        self._backend, self._model, self._tokenizer, self._tokens = backend, model, tokenizer, tokens
+        self._ids: NDArray[np.int64] = np.zeros(0, np.int64)  # what the cache holds
+        self._cache: KVCache | None = None
+        self._pooled: Array = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds, roughly."""
+        rows, width = self._tokens.shape
+        return 4 * int(rows) * int(width) + (self._cache.num_bytes if self._cache is not None else 0)
+
+    def read(self) -> None:
+        """Read the prompt up to the video's end, before there is a question."""
+        built = prompt.build(self._tokenizer, self._model, "?", [self.shown.media], reasoning="direct")
+        whole = read(self._backend, built, self._tokens)
+        stop = video_end(built, self._model)
+        self._keep(Writer(self._backend, whole.upto(stop), SLACK).cache, built.ids[:stop], whole.pooled)
+
+    def answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
+        """Answer a question, yielding text as it is written; return the Answer. One question at a time.
+
+        Raises:
+            ConfigError: the prompt is longer than the model's positions.
+        """
+        with clock("prefill"):
+            built = build(self._tokenizer, self._model, asked, self.shown.media)
+            writer, context = self._writer(built, asked.room(self._model, self._tokenizer))
+        try:
+            latents = None
+            if asked.reasoning == "latent":
+                with clock("latents"):
+                    made = writer.reason(context, _replacement(self._backend, asked))
+                    latents = self._backend.lower(made)
+            written: list[int] = []
+            lead: list[int] = []
+            if not asked.choices or asked.reasoning == "cot":
+                lead = yield from self._write(writer, asked, built.ids.tolist(), written, clock)
+            log_scores = None
+            if asked.choices:
+                with clock("answer"):
+                    log_scores = writer.score(asked.choice_ids, lead)
+            return self._finish(asked, built, context.start, latents, written, log_scores, clock)
+        except GeneratorExit:  # whoever read the stream has left
+            raise
+        except BaseException:
+            self._cache = None  # what is in it is not known
+            raise
+        finally:
+            stop = video_end(built, self._model)
+            if self._cache is not None:
+                self._cache.rewind(self._cache.length - stop)
+
+    def _writer(self, built: prompt.Prompt, room: int) -> tuple[Writer, Context]:
+        """Read a prompt: what follows the video where the rest has been read, else all of it."""
+        stop = video_end(built, self._model)
+        if self._cache is None or not np.array_equal(self._ids, built.ids[:stop]):
+            self._cache = None
+            context = read(self._backend, built, self._tokens)
+            writer = Writer(self._backend, context, room)
+            self._keep(writer.cache, built.ids[:stop], context.pooled)
+            return writer, context
+        check_length(self._model, len(built.ids), room)
+        if self._cache.capacity < len(built.ids) + room:
+            larger = self._backend.prepare(len(built.ids) + room + SLACK)
+            larger.take(self._cache)
+            self._cache = larger
+        context = read_rest(self._backend, built, self._pooled, stop)
+        return Writer(self._backend, context, room, self._cache), context
+
+    def _keep(self, cache: KVCache, ids: NDArray[np.int64], pooled: Array) -> None:
+        self._cache, self._ids, self._pooled = cache, ids, pooled
+
+    def _write(
+        self, writer: Writer, asked: Request, seen: list[int], written: list[int], clock: Clock
+    ) -> Generator[str, None, list[int]]:
+        """Write freely, yielding text.
+
+        Before choices, stop where the answer's tag is complete, and return the ids that are missing to make it so: a
+        token that runs on beyond the tag is taken back.
+        """
+        decoder = self._tokenizer.decoder()
+        ids = writer.answer(
+            max_tokens=asked.max_tokens,
+            min_tokens=asked.min_tokens,
+            eos=self._model.tokens.eos_token_ids,
+            seen=seen,
+            penalty=self._model.repetition_penalty,
+        )
+        text = ""
+        while True:
+            with clock("answer"):
+                token_id = next(ids, None)
+                piece = decoder.finish() if token_id is None else decoder.push(token_id)
+            before, text = text, text + piece
+            if asked.choices and ANSWER_TAG in text and not text.endswith(ANSWER_TAG) and token_id is not None:
+                writer.take_back()
+                return self._tokenizer.encode(ANSWER_TAG[_overlap(before, ANSWER_TAG) :])
+            if token_id is not None:
+                written.append(token_id)
+            if piece:
+                yield piece
+            if asked.choices and text.endswith(ANSWER_TAG):
+                return []
+            if token_id is None:
+                return self._tokenizer.encode(ANSWER_TAG)
+
+    def _finish(
+        self,
+        asked: Request,
+        built: prompt.Prompt,
+        reused: int,
+        latents: NDArray[np.float32] | None,
+        written: list[int],
+        log_scores: list[float] | None,
+        clock: Clock,
+    ) -> Answer:
+        """Put the answer together."""
+        text, thought, choice, scores = self._tokenizer.decode(written), None, None, None
+        usage = Usage(
+            num_frames=self.shown.num_frames,
+            video_tokens=sum(span.num_tokens for span in built.spans),
+            prompt_tokens=len(built.ids),
+            reused_tokens=reused,
+            latents=0 if latents is None else len(latents),
+            answer_tokens=len(written),
+            peak_host_memory_bytes=peak_host_memory_bytes(),
+        )
+        if asked.reasoning == "cot":
+            thought, text = prompt.split_cot(text)
+        if log_scores is not None:
+            best = int(np.argmax(log_scores))
+            text = choice = asked.choices[best]
+            scores = dict(zip(asked.choices, np.exp(log_scores).tolist(), strict=True))
+            written = self._tokenizer.encode(choice)
+        return Answer(
+            text=text,
+            token_ids=tuple(written),
+            choice=choice,
+            scores=scores,
+            finished=choice is not None or usage.answer_tokens < asked.max_tokens,
+            reasoning=asked.reasoning,
+            thought=thought,
+            latents=latents,
+            usage=usage,
+            timings=clock.timings(),
+            warnings=self.shown.warnings,
+        )
+
+
+def build(tokenizer: prompt.Tokenizer, model: config.Model, asked: Request, media: prompt.Media) -> prompt.Prompt:
+    """Return the prompt of a question about a video.
+
+    Raises:
+        ConfigError: with its answer it is longer than the model's positions.
+    """
+    built = prompt.build(tokenizer, model, asked.question, [media], reasoning=asked.reasoning)
+    room = asked.room(model, tokenizer)
+    check_length(model, len(built.ids), room, _frames_that_fit(model, built, room))
+    return built
+
+
+def video_end(built: prompt.Prompt, model: config.Model) -> int:
+    """Return how many ids of a prompt do not depend on the question: up to the video's end."""
+    last = built.spans[-1]
+    stop = last.start + last.num_tokens
+    return stop + int(stop < len(built.ids) and built.ids[stop] == model.tokens.vision_end_token_id)
+
+
+def _frames_that_fit(model: config.Model, built: prompt.Prompt, room: int) -> str:
+    """Return the advice how many frames of this size fit the model's positions; "" where not even two do."""
+    (span,) = built.spans
+    per_step = span.num_tokens // span.grid_thw[0]
+    left = model.decoder.max_positions - room - (len(built.ids) - span.num_tokens)
+    frames = left // per_step * model.vision.temporal_patch_size
+    return f"; {frames} frames of this size fit (num_frames={frames})" if frames > 0 else ""
+
+
+def _replacement(backend: Backend, asked: Request) -> Replace | None:
+    """Return what an ablation puts in place of the model's own latents."""
+    given, plan = asked.latents, backend.model.latent
+    if given is None or plan is None:
+        return None
+    if isinstance(given, np.ndarray):
+        return lambda own: given
+    pad = backend.lower(backend.embed(np.array([plan.pad_token_id], np.int64)))
+    return lambda own: ablate("dummy" if given == "dummy" else "noise", own, pad_embed=pad)
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Return how many characters of a tag the end of a text already has."""
+    return next(n for n in range(len(tag), -1, -1) if text.endswith(tag[:n]))

@@ -1,0 +1,155 @@
+"""Videos that stay open: one that an application holds, and those that a runtime remembers for a while.
+
+Knows how long what was computed is kept, and that one question at a time is asked of it; not how it is answered.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Generator, Hashable, Sequence
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlrt import config, prompt, request
+from vlrt.answer import Answer, Clock, Stream
+from vlrt.errors import ConfigError
+from vlrt.memory import Memory
+from vlrt.request import Request
+
+
+class Recent:
+    """What was computed about the videos that were asked about last, as many as fit.
+
+    A memory is taken out while a question is answered, so that two questions never share one.
+
+    Args:
+        max_bytes: of all memories together; 0: none is kept.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self._held = max_bytes, 0
+        self._kept: OrderedDict[Hashable, tuple[Memory, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def take(self, key: Hashable) -> Memory | None:
+        """Return what is kept under a key, if anything, and keep it no more."""
+        with self._lock:
+            memory, size = self._kept.pop(key, (None, 0))
+            self._held -= size
+            return memory
+
+    def put(self, key: Hashable, memory: Memory) -> None:
+        """Keep a memory, in place of those that were used longest ago; not where it takes more than all may."""
+        size = memory.num_bytes
+        with self._lock:
+            self._held -= self._kept.pop(key, (None, 0))[1]
+            if size > self.max_bytes:
+                return
+            self._kept[key] = memory, size
+            self._held += size
+            while self._held > self.max_bytes:
+                _, (_, freed) = self._kept.popitem(last=False)
+                self._held -= freed
+
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        with self._lock:
+            self._kept.clear()
+            self._held = 0
+
+
+class Clip:
+    """A video that stays open for many questions; `Runtime.open_video` makes one. Questions are answered in turn.
+
+    Args:
+        memory: what was computed about it.
+        model: of the runtime.
+        tokenizer: of the runtime.
+    """
+
+    def __init__(self, memory: Memory, model: config.Model, tokenizer: prompt.Tokenizer) -> None:
+        self._memory: Memory | None = memory
+        self._model, self._tokenizer = model, tokenizer
+        self._turn = threading.Lock()
+        self._asking: int | None = None  # the thread whose question is answered now
+
+    def ask(
+        self,
+        question: str,
+        *,
+        choices: Sequence[str] | None = None,
+        reasoning: prompt.Reasoning | None = None,
+        max_tokens: int | None = None,
+        min_tokens: int = 0,
+        latents: NDArray[np.float32] | str | None = None,
+    ) -> Answer:
+        """Answer a question; the arguments, and the answer, are those of `Runtime.ask`.
+
+        Raises:
+            ConfigError: a setting is out of range, the prompt is longer than the model's positions, or it is closed.
+        """
+        asked = request.check(
+            self._model,
+            self._tokenizer,
+            question,
+            choices=choices,
+            reasoning=reasoning,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            latents=latents,
+        )
+        return drain(self._answer(asked))
+
+    def stream(
+        self,
+        question: str,
+        *,
+        reasoning: prompt.Reasoning | None = None,
+        max_tokens: int | None = None,
+        min_tokens: int = 0,
+    ) -> Stream:
+        """Answer as `ask` does, giving out the text as it is written. Others wait until it is read or closed.
+
+        Raises:
+            ConfigError: a setting is out of range; `ask`'s other errors come with the first piece.
+        """
+        asked = request.check(
+            self._model, self._tokenizer, question, reasoning=reasoning, max_tokens=max_tokens, min_tokens=min_tokens
+        )
+        return Stream(self._answer(asked))
+
+    def close(self) -> None:
+        """Let the memory go, once the question under way is answered. Later questions raise ConfigError."""
+        with self._turn:
+            self._memory = None
+
+    def __enter__(self) -> "Clip":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _answer(self, asked: Request) -> Generator[str, None, Answer]:
+        if self._asking == threading.get_ident():
+            raise ConfigError("a stream of this video is still open; read it to its end, or close it, and ask again")
+        with self._turn:
+            if self._memory is None:
+                raise ConfigError("this video is closed; open it again")
+            self._asking = threading.get_ident()
+            try:
+                return (yield from self._memory.answer(asked, Clock()))
+            finally:
+                self._asking = None
+
+
+def drain(pieces: Generator[str, None, Answer]) -> Answer:
+    """Run an answer to its end."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as stop:
+            answer: Answer = stop.value
+            return answer
