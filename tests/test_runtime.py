@@ -21,12 +21,13 @@ from PIL import Image
 import vlrt
 from tests.bundles import QUESTION, QUICK, square, torch_runtime
 from tests.videos import busy, make, picture
-from vlrt import runtime as runtime_module
 from vlrt.answer import Answer, Clock
 from vlrt.backends.ort import OrtBackend, num_usable_cores
 from vlrt.bundle import Bundle
 from vlrt.errors import BackendUnavailable, BundleError, ConfigError, VideoError
-from vlrt.runtime import ANSWER_TAG, Runtime
+from vlrt.memory import Memory
+from vlrt.request import ANSWER_TAG, Request
+from vlrt.runtime import Runtime
 from vlrt.video import Frames
 
 MODEL = {"overrides": {**QUICK, "decoder.max_positions": 2048}}
@@ -549,12 +550,12 @@ class Words:
 def test_choices_are_scored_right_behind_the_tag(opened, said, kept, lead):
     """Catches a tag that is written twice, or choices that are scored behind the first letter of an answer."""
     tokenizer = Words([*said, *"<answer>"])
-    runtime = Runtime(SimpleNamespace(model=opened.model), tokenizer)
+    memory = Memory(opened._backend, opened.model, tokenizer, None, None)
     taken_back = []
     writer = SimpleNamespace(answer=lambda **_: iter(range(len(said))), take_back=lambda: taken_back.append(True))
-    request = runtime_module._Request("?", "cot", ("A", "B"), (), 9, 0, None)
+    request = Request("?", "cot", ("A", "B"), (), 9, 0, None)
     written = []
-    pieces = runtime._write(writer, request, [], written, Clock())
+    pieces = memory._write(writer, request, [], written, Clock())
     missing = []
 
     def drain():
