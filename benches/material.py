@@ -6,10 +6,7 @@ Speed does not depend on the weights; nothing here says anything about accuracy.
 import os
 from pathlib import Path
 
-import av
-import numpy as np
-
-from vlrt import fresh
+from vlrt import bench, fresh
 
 SECONDS, FPS, SIZE = 40, 8, 224
 
@@ -44,21 +41,4 @@ def clip() -> Path:
     path = cache() / f"clip-{SECONDS}s-{FPS}fps-{SIZE}.mp4"
     if path.exists():
         return path
-    rng = np.random.default_rng(0)
-    rows, columns = np.mgrid[0:SIZE, 0:SIZE]
-    partial = path.with_suffix(".partial.mp4")
-    with av.open(str(partial), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS)
-        stream.width = stream.height = SIZE
-        stream.pix_fmt = "yuv420p"
-        for i in range(SECONDS * FPS):
-            frame = np.stack([rows, columns, np.full_like(rows, i % 256)], axis=-1) + rng.integers(
-                0, 24, (SIZE, SIZE, 3)
-            )
-            left = (i * 3) % (SIZE - 40)
-            frame[90:130, left : left + 40] = (220, 60, 40)
-            image = av.VideoFrame.from_ndarray(frame.clip(0, 255).astype(np.uint8), format="rgb24")
-            container.mux(stream.encode(image))
-        container.mux(stream.encode())
-    partial.rename(path)
-    return path
+    return bench.write_clip(path, seconds=SECONDS, fps=FPS, size=SIZE)

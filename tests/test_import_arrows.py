@@ -13,7 +13,7 @@ ENGINES = {"torch", "triton", "transformers", "onnx", "onnxscript", "tensorrt", 
 
 # module or folder -> what of vlrt it may import, itself aside; the longest name that fits a file counts
 ARROWS = {
-    "__init__": ["answer", "errors", "runtime", "video"],
+    "__init__": ["aio", "answer", "errors", "runtime", "session", "video"],
     "__main__": ["cli"],
     "errors": [],
     "names": [],
@@ -73,10 +73,13 @@ ARROWS = {
     "train.families": [],
     "train.synthetic": BASE,
     "pretrained": [],
+    "aio": [*BASE, "answer", "content", "runtime"],
+    "bench": [*BASE, "answer", "content", "runtime"],
     "doctor": ["errors", "backends"],
     "cli": [
         *BASE,
         "arguments",
+        "bench",
         "bundle",
         "checkpoint",
         "doctor",

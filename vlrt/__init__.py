@@ -12,35 +12,49 @@ from typing import TYPE_CHECKING, Any
 from vlrt.errors import (
     BackendUnavailable,
     BundleError,
+    Busy,
     CheckpointError,
     ConfigError,
     ExportError,
+    Stopped,
     VideoError,
     VlrtError,
 )
 
 if TYPE_CHECKING:
+    from vlrt.aio import AsyncRuntime
     from vlrt.answer import Answer
     from vlrt.runtime import Runtime
+    from vlrt.session import Clip
     from vlrt.video import Frames
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "AsyncRuntime",
     "BackendUnavailable",
     "BundleError",
+    "Busy",
     "CheckpointError",
+    "Clip",
     "ConfigError",
     "ExportError",
     "Frames",
     "Runtime",
+    "Stopped",
     "VideoError",
     "VlrtError",
     "__version__",
 ]
 
-_HOMES = {"Answer": "vlrt.answer", "Runtime": "vlrt.runtime", "Frames": "vlrt.video"}
+_HOMES = {
+    "Answer": "vlrt.answer",
+    "AsyncRuntime": "vlrt.aio",
+    "Clip": "vlrt.session",
+    "Frames": "vlrt.video",
+    "Runtime": "vlrt.runtime",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -5,6 +5,7 @@ Knows no model and no engine.
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, fields
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt.errors import ConfigError
+from vlrt.errors import ConfigError, Stopped
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,56 @@ class Stream:
 
 @dataclass
 class Clock:
-    """Seconds per stage."""
+    """Seconds per stage; and whether a question is still to be answered, which every stage and every step of it asks.
+
+    Attributes:
+        seconds: per stage.
+        started: by `time.perf_counter`.
+        deadline: likewise, after which nothing more is begun; None: there is none.
+        stop: set by whoever wants no answer any more.
+    """
 
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("decode", "preprocess", "vision", "prefill", "latents", "answer"), 0.0)
     )
     started: float = field(default_factory=time.perf_counter)
+    deadline: float | None = None
+    stop: threading.Event | None = None
+
+    @classmethod
+    def of(cls, timeout_seconds: float | None, stop: threading.Event | None) -> "Clock":
+        """Return a clock that starts now.
+
+        Raises:
+            ConfigError: timeout_seconds is no number above 0.
+        """
+        clock = cls(stop=stop)
+        if timeout_seconds is not None:
+            if not isinstance(timeout_seconds, int | float) or not timeout_seconds > 0:
+                raise ConfigError(f"timeout_seconds is {timeout_seconds!r}; accepted: a number above 0, or None")
+            clock.deadline = clock.started + timeout_seconds
+        return clock
+
+    def check(self) -> None:
+        """Return where the question is still to be answered.
+
+        Raises:
+            Stopped: it is not.
+        """
+        if self.stop is not None and self.stop.is_set():
+            raise Stopped("the answer was cancelled before it was there")
+        if self.deadline is not None and time.perf_counter() > self.deadline:
+            limit = self.deadline - self.started
+            raise Stopped(f"the answer was not there within timeout_seconds = {limit:g}; give it more, or ask for less")
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Count what the block takes towards a stage."""
+        """Count what the block takes towards a stage.
+
+        Raises:
+            Stopped: the question is not to be answered any more.
+        """
+        self.check()
         start = time.perf_counter()
         try:
             yield

@@ -139,6 +139,24 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
     sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: the engine's choice)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
+    sub = verb(
+        "bench",
+        bundle={"metavar": "BUNDLE", "help": "a directory that `vlrt export` wrote"},
+        video={"nargs": "?", "metavar": "VIDEO", "help": "a video file (default: 40 seconds that are made for it)"},
+    )
+    sub.add_argument("--num-frames", type=count, default=16, metavar="N", help="sampled of the video (default: 16)")
+    sub.add_argument("--rounds", type=count, default=5, metavar="N", help="of questions in turn (default: 5)")
+    sub.add_argument(
+        "--cot-tokens", type=count, nargs="+", default=[384], metavar="N", help="lengths of chains (default: 384)"
+    )
+    sub.add_argument(
+        "--cot-rounds", type=count, default=1, metavar="N", help="rounds that write chains too: they take long"
+    )
+    engine(sub)
+    sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: the engine's choice)")
+    sub.add_argument("-o", "--output", type=Path, metavar="DIR", help="write report.md and bench.json there")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
     sub = verb("train")
     sub.add_argument("--model", type=Path, required=True, metavar="CHECKPOINT", help="what to train")
     sub.add_argument(

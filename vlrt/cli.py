@@ -367,5 +367,59 @@ def evaluate(args: argparse.Namespace) -> None:
     _print_table(str(results), ("rows", "number", "score", "tokens written", "seconds"), table)
 
 
-COMMANDS = {command.__name__: command for command in (export, ask, info, doctor, init, synth, train)}
+def bench(args: argparse.Namespace) -> None:
+    """Time a bundle on this machine: answers directly, after latents, and after written chains of thought."""
+    import tempfile
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vlrt import bench as benching
+    from vlrt.bundle import Bundle
+    from vlrt.doctor import survey
+
+    plan = benching.Plan(
+        args.num_frames, tuple(args.cot_tokens), rounds=args.rounds, chain_rounds=min(args.cot_rounds, args.rounds)
+    )
+    bundle, machine = Bundle.open(args.bundle), survey()
+    described = {
+        "bundle": f"{bundle.manifest.checkpoint}, {bundle.backend}, {bundle.precision}",
+        "processor": f"{machine['cpu']['model']}, {machine['cpu']['usable_cores']} cores",
+        "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version),
+        "video": f"{args.video or 'made for this'}, {plan.num_frames} frames, rounds: {plan.rounds}",
+    }
+    console = Console(stderr=True)
+    with (
+        tempfile.TemporaryDirectory() as made,
+        vlrt.Runtime.open(
+            args.bundle, backend=args.backend, device=args.device, threads=args.threads, video_cache_bytes=0
+        ) as runtime,
+        Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as progress,
+    ):
+        task = progress.add_task("making a video", total=None)
+        video = args.video or benching.write_clip(Path(made) / "clip.mp4")
+        rows = benching.run(
+            runtime, video, plan, progress=lambda *now: progress.update(task, **dict(zip(SHOWN, now, strict=True)))
+        ).to_dict()
+    if args.output is not None:
+        _write_report(args.output, benching.markdown(rows, described), {"machine": machine, "rows": rows})
+    if args.json:
+        _put({"described": described, "rows": rows})
+    else:
+        _put(benching.markdown(rows, described))
+
+
+def _write_report(directory: Path, text: str, values: dict[str, Any]) -> None:
+    from vlrt.errors import ConfigError
+
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "report.md").write_text(text, encoding="utf-8")
+        (directory / "bench.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {directory}: {error.strerror}; choose another -o") from error
+
+
+SHOWN = ("completed", "total", "description")  # of a progress bar
+COMMANDS = {command.__name__: command for command in (export, ask, info, doctor, init, synth, train, bench)}
 COMMANDS["eval"] = evaluate

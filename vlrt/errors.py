@@ -28,5 +28,13 @@ class VideoError(VlrtError):
     """A video, image or array cannot be used: unreadable, empty, too short, or beyond a cap."""
 
 
+class Stopped(VlrtError):
+    """An answer was stopped before it was there: cancelled, or its time was over."""
+
+
+class Busy(VlrtError):
+    """More questions are waiting than may: ask again later, or let more wait."""
+
+
 class BackendUnavailable(VlrtError):
     """A backend that was asked for cannot run on this machine; the message gives the reason."""

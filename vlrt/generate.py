@@ -110,7 +110,14 @@ def check_length(model: config.Model, length: int, room: int, advice: str = "") 
 class Writer:
     """A sequence under way: its cache, and where the next text token stands. Steps of rollouts, choices and answers."""
 
-    def __init__(self, backend: Backend, context: Context, room: int, cache: KVCache | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        context: Context,
+        room: int,
+        cache: KVCache | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
         """Read a context into a cache, and leave `room` slots beyond it.
 
         Args:
@@ -118,6 +125,7 @@ class Writer:
             context: what is read.
             room: slots.
             cache: what stands before the context, with as many slots; None: a new one, for a context from 0 on.
+            check: called before each pass over a chunk of the context; it raises where reading is to end.
 
         Raises:
             ConfigError: context and room exceed the positions that the model was made for.
@@ -129,7 +137,7 @@ class Writer:
         assert self._cache.length == context.start
         self._position = context.next_position
         self._pending: list[int] = []
-        self.last_hidden = self._read(context)
+        self.last_hidden = self._read(context, check)
 
     @property
     def cache(self) -> KVCache:
@@ -241,12 +249,14 @@ class Writer:
             self.last_hidden = self.feed_tokens(ids)[-1:]
         return self.last_hidden
 
-    def _read(self, context: Context) -> Array:
+    def _read(self, context: Context, check: Callable[[], None] | None) -> Array:
         """Prefill in chunks; return the hidden state [1, C] of the last position."""
         cos, sin = positions.mrope_cos_sin(context.positions, self._backend.model.decoder)
         hidden: Array = None
         size = self._backend.prefill_chunk
         for start in range(0, len(context.embeds), size):
+            if check is not None:
+                check()
             chunk = slice(start, start + size)
             hidden = self._backend.decode(self._cache, context.embeds[chunk], cos[chunk], sin[chunk])
         return hidden[-1:]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vlrt import config, prompt
 from vlrt.answer import Answer, Clock, Usage, peak_host_memory_bytes
 from vlrt.backends.base import Array, Backend
+from vlrt.errors import Stopped
 from vlrt.generate import Context, Replace, Writer, check_length, read, read_rest
 from vlrt.kv_cache import KVCache
 from vlrt.latent import ablate
@@ -74,11 +75,13 @@ class Memory:
 
         Raises:
             ConfigError: the prompt is longer than the model's positions.
+            Stopped: the clock says so.
         """
         with clock("prefill"):
             built = build(self._tokenizer, self._model, asked, self.shown.media)
-            writer, context = self._writer(built, asked.room(self._model, self._tokenizer))
         try:
+            with clock("prefill"):
+                writer, context = self._writer(built, asked.room(self._model, self._tokenizer), clock)
             latents = None
             if asked.reasoning == "latent":
                 with clock("latents"):
@@ -93,7 +96,7 @@ class Memory:
                 with clock("answer"):
                     log_scores = writer.score(asked.choice_ids, lead)
             return self._finish(asked, built, context.start, latents, written, log_scores, clock)
-        except GeneratorExit:  # whoever read the stream has left
+        except (GeneratorExit, Stopped):  # between two steps: whoever read the stream has left, or its time is over
             raise
         except BaseException:
             self._cache = None  # what is in it is not known
@@ -103,13 +106,13 @@ class Memory:
             if self._cache is not None:
                 self._cache.rewind(self._cache.length - stop)
 
-    def _writer(self, built: prompt.Prompt, room: int) -> tuple[Writer, Context]:
+    def _writer(self, built: prompt.Prompt, room: int, clock: Clock) -> tuple[Writer, Context]:
         """Read a prompt: what follows the video where the rest has been read, else all of it."""
         stop = video_end(built, self._model)
         if self._cache is None or not np.array_equal(self._ids, built.ids[:stop]):
             self._cache = None
             context = read(self._backend, built, self._tokens)
-            writer = Writer(self._backend, context, room)
+            writer = Writer(self._backend, context, room, check=clock.check)
             self._keep(writer.cache, built.ids[:stop], context.pooled)
             return writer, context
         check_length(self._model, len(built.ids), room)
@@ -118,7 +121,7 @@ class Memory:
             larger.take(self._cache)
             self._cache = larger
         context = read_rest(self._backend, built, self._pooled, stop)
-        return Writer(self._backend, context, room, self._cache), context
+        return Writer(self._backend, context, room, self._cache, clock.check), context
 
     def _keep(self, cache: KVCache, ids: NDArray[np.int64], pooled: Array) -> None:
         self._cache, self._ids, self._pooled = cache, ids, pooled

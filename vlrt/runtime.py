@@ -3,9 +3,11 @@
 The one place where all stages meet. Knows no engine from within: `backends` run the stages.
 """
 
-from collections.abc import Generator, Sequence
+import threading
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from vlrt.backends import select
 from vlrt.backends.base import Array, Backend
 from vlrt.bundle import Bundle
 from vlrt.content import Source, content_key
-from vlrt.errors import ConfigError
+from vlrt.errors import ConfigError, VlrtError
 from vlrt.memory import Memory, Shown, build
 from vlrt.request import Request
 from vlrt.session import Clip, Recent, drain
@@ -24,6 +26,9 @@ from vlrt.video import Frames, load
 
 MAX_THREADS = 1024  # more is a slip, and the engine takes minutes to start them
 VIDEO_CACHE_BYTES = 256 * 1024**2
+ASKED_ALWAYS = ("video", "question")  # arguments of `Runtime.ask`
+ASKED = {*ASKED_ALWAYS, "choices", "reasoning", "max_tokens", "min_tokens", "num_frames", "fps", "latents"}
+ASKED |= {"timeout_seconds", "stop"}
 
 
 class Runtime:
@@ -86,6 +91,8 @@ class Runtime:
         num_frames: int | None = None,
         fps: float | None = None,
         latents: NDArray[np.float32] | str | None = None,
+        timeout_seconds: float | None = None,
+        stop: threading.Event | None = None,
     ) -> Answer:
         """Answer a question about a video.
 
@@ -100,8 +107,12 @@ class Runtime:
             fps: sample so many frames per second; None: the bundle's setting. Frames are taken as they are.
             latents: for ablations: [L, C] float32 to inject in place of the model's own (L may be 0), or "dummy" or
                 "noise" (`latent.ablate`).
+            timeout_seconds: after which nothing more is begun; what is under way, a pass over some of the video or a
+                step, is ended first. None: it takes what it takes.
+            stop: an event: set by another thread, it ends the answer in the same way.
 
         Raises:
+            Stopped: the time was over, or the event was set.
             VideoError: the video cannot be used.
             ConfigError: a setting is out of range, or the prompt is longer than the model's positions.
         """
@@ -115,7 +126,7 @@ class Runtime:
             min_tokens=min_tokens,
             latents=latents,
         )
-        return drain(self._answer(video, asked, num_frames, fps))
+        return drain(self._answer(video, asked, num_frames, fps, Clock.of(timeout_seconds, stop)))
 
     def stream(
         self,
@@ -127,6 +138,8 @@ class Runtime:
         min_tokens: int = 0,
         num_frames: int | None = None,
         fps: float | None = None,
+        timeout_seconds: float | None = None,
+        stop: threading.Event | None = None,
     ) -> Stream:
         """Answer as `ask` does, giving out the text as it is written; nothing runs before the first piece is taken.
 
@@ -136,7 +149,62 @@ class Runtime:
         asked = request.check(
             self.model, self.tokenizer, question, reasoning=reasoning, max_tokens=max_tokens, min_tokens=min_tokens
         )
-        return Stream(self._answer(video, asked, num_frames, fps))
+        return Stream(self._answer(video, asked, num_frames, fps, Clock.of(timeout_seconds, stop)))
+
+    def ask_many(self, questions: Sequence[Mapping[str, Any]], *, return_errors: bool = False) -> list[Any]:
+        """Answer many questions; each video is decoded and read once for all questions about it.
+
+        Answers equal those of `ask`. Questions about one video follow each other whatever their order here.
+
+        Args:
+            questions: arguments of `ask`, one mapping each: {"video": ..., "question": ..., "choices": ...}.
+            return_errors: put a VlrtError in the place of an answer that cannot be had; else the first one is raised.
+
+        Returns:
+            An Answer for each question, in the order of the questions.
+
+        Raises:
+            VlrtError: see `ask`; arguments that `ask` does not have are refused before anything is answered.
+        """
+        groups: dict[Hashable, list[int]] = {}
+        for number, question in enumerate(questions):
+            if unknown := sorted(set(question) - ASKED) or [name for name in ASKED_ALWAYS if name not in question]:
+                raise ConfigError(
+                    f"question {number} has wrong or missing arguments: {', '.join(unknown)}; accepted: "
+                    f"{', '.join(sorted(ASKED))}, of which {' and '.join(ASKED_ALWAYS)} must be there"
+                )
+            sampling = question.get("num_frames"), question.get("fps")
+            key = content_key(question["video"], *sampling)
+            groups.setdefault(("none", number) if key is None else key, []).append(number)
+        found: list[Any] = [None] * len(questions)
+        for numbers in groups.values():
+            memory: Memory | None = None
+            for number in numbers:
+                try:
+                    found[number], memory = self._answer_with(memory, **questions[number])
+                except VlrtError as error:
+                    if not return_errors:
+                        raise
+                    found[number] = error
+        return found
+
+    def _answer_with(
+        self,
+        memory: Memory | None,
+        video: Source,
+        question: str,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        timeout_seconds: float | None = None,
+        stop: threading.Event | None = None,
+        **settings: Any,
+    ) -> tuple[Answer, Memory]:
+        """Answer a question with what was computed about its video; return it as well, for the next."""
+        clock = Clock.of(timeout_seconds, stop)
+        asked = request.check(self.model, self.tokenizer, question, **settings)
+        if memory is None:
+            memory = self._see(video, asked, num_frames, fps, clock)
+        return drain(memory.answer(asked, clock)), memory
 
     def open_video(self, video: Source, *, num_frames: int | None = None, fps: float | None = None) -> Clip:
         """Read a video once, for many questions.
@@ -176,24 +244,29 @@ class Runtime:
         self.close()
 
     def _answer(
-        self, video: Source, asked: Request, num_frames: int | None, fps: float | None
+        self, video: Source, asked: Request, num_frames: int | None, fps: float | None, clock: Clock
     ) -> Generator[str, None, Answer]:
         """Run all stages that were not run for an earlier question; yield text as it is written, return the Answer."""
-        backend, clock = self._open_backend(), Clock()
+        self._open_backend()
         with clock("decode"):
             key = content_key(video, num_frames, fps) if self._recent.max_bytes else None
         memory = None if key is None else self._recent.take(key)
         if memory is None:
-            shown, frames = self._look(video, num_frames, fps, clock)
-            with clock("prefill"):  # before the vision tower, which may take minutes
-                build(self.tokenizer, self.model, asked, shown.media)
-            tokens = self._encode(backend, frames, shown.media.grid_thw, clock)
-            memory = Memory(backend, self.model, self.tokenizer, shown, tokens)
+            memory = self._see(video, asked, num_frames, fps, clock)
         try:
             return (yield from memory.answer(asked, clock))
         finally:
             if key is not None and self._backend is not None:
                 self._recent.put(key, memory)
+
+    def _see(self, video: Source, asked: Request, num_frames: int | None, fps: float | None, clock: Clock) -> Memory:
+        """Decode and encode a video about which a question is to be answered."""
+        backend = self._open_backend()
+        shown, frames = self._look(video, num_frames, fps, clock)
+        with clock("prefill"):  # before the vision tower, which may take minutes
+            build(self.tokenizer, self.model, asked, shown.media)
+        tokens = self._encode(backend, frames, shown.media.grid_thw, clock)
+        return Memory(backend, self.model, self.tokenizer, shown, tokens)
 
     def _open_backend(self) -> Backend:
         backend = self._backend

@@ -83,6 +83,8 @@ class Clip:
         max_tokens: int | None = None,
         min_tokens: int = 0,
         latents: NDArray[np.float32] | str | None = None,
+        timeout_seconds: float | None = None,
+        stop: threading.Event | None = None,
     ) -> Answer:
         """Answer a question; the arguments, and the answer, are those of `Runtime.ask`.
 
@@ -99,7 +101,7 @@ class Clip:
             min_tokens=min_tokens,
             latents=latents,
         )
-        return drain(self._answer(asked))
+        return drain(self._answer(asked, Clock.of(timeout_seconds, stop)))
 
     def stream(
         self,
@@ -108,6 +110,8 @@ class Clip:
         reasoning: prompt.Reasoning | None = None,
         max_tokens: int | None = None,
         min_tokens: int = 0,
+        timeout_seconds: float | None = None,
+        stop: threading.Event | None = None,
     ) -> Stream:
         """Answer as `ask` does, giving out the text as it is written. Others wait until it is read or closed.
 
@@ -117,7 +121,7 @@ class Clip:
         asked = request.check(
             self._model, self._tokenizer, question, reasoning=reasoning, max_tokens=max_tokens, min_tokens=min_tokens
         )
-        return Stream(self._answer(asked))
+        return Stream(self._answer(asked, Clock.of(timeout_seconds, stop)))
 
     def close(self) -> None:
         """Let the memory go, once the question under way is answered. Later questions raise ConfigError."""
@@ -132,7 +136,7 @@ class Clip:
     ) -> None:
         self.close()
 
-    def _answer(self, asked: Request) -> Generator[str, None, Answer]:
+    def _answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
         if self._asking == threading.get_ident():
             raise ConfigError("a stream of this video is still open; read it to its end, or close it, and ask again")
         with self._turn:
@@ -140,7 +144,7 @@ class Clip:
                 raise ConfigError("this video is closed; open it again")
             self._asking = threading.get_ident()
             try:
-                return (yield from self._memory.answer(asked, Clock()))
+                return (yield from self._memory.answer(asked, clock))
             finally:
                 self._asking = None
 
