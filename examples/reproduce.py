@@ -48,20 +48,22 @@ TEMPLATE = (  # one turn after the other, without a system turn and names of rol
 
 
 class Asker:
-    """A runtime whose latents are replaced: by none, or by those of the question asked before."""
+    """A runtime whose latents are replaced: by none, or by those of a question about another video, asked before."""
 
     def __init__(self, runtime: vlrt.Runtime) -> None:
         self._runtime = runtime
         self._width = runtime.model.decoder.hidden_size
-        self._before: np.ndarray | None = None
+        self._last: tuple[Any, Any] = (None, "noise")  # a video, and latents of a question about it
+        self._other: Any = "noise"  # latents of a question about another video
 
     def ask(self, video: Any, question: str, *, latents: str | None = None, **options: Any) -> vlrt.Answer:
         if latents == "none":
             return self._runtime.ask(video, question, latents=np.zeros((0, self._width), np.float32), **options)
         if latents == "shuffled":
-            own = self._runtime.ask(video, question, **options)
-            other, self._before = self._before, own.latents
-            return self._runtime.ask(video, question, latents="noise" if other is None else other, **options)
+            if video != self._last[0]:
+                self._other = self._last[1]
+            self._last = video, self._runtime.ask(video, question, **options).latents
+            return self._runtime.ask(video, question, latents=self._other, **options)
         return self._runtime.ask(video, question, latents=latents, **options)
 
 

@@ -1,10 +1,12 @@
 """The comparison of the four systems runs from nothing to its table, at sizes at which nothing is learned."""
 
+import importlib
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from vlrt.checkpoint import Checkpoint
 
@@ -61,3 +63,23 @@ def test_workers_end_with_a_script_that_is_killed(tmp_path):
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_shuffled_latents_are_those_of_another_video(monkeypatch):
+    """Catches the latents of the question before, which was about the same video and needs much the same of it."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    reproduce = importlib.import_module("reproduce")
+    asked = []
+
+    class Runtime:
+        model = SimpleNamespace(decoder=SimpleNamespace(hidden_size=4))
+
+        def ask(self, video, question, latents=None):
+            asked.append((video, latents))
+            return SimpleNamespace(latents=f"{video}{question}")
+
+    asker = reproduce.Asker(Runtime())
+    for video, question in ("a1", "a2", "b1", "b2", "b3", "c1"):
+        asker.ask(video, question, latents="shuffled")
+    assert [given for _, given in asked[1::2]] == ["noise", "noise", "a2", "a2", "a2", "b3"]
+    assert all(given is None for _, given in asked[::2])
