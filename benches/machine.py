@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ def describe() -> dict[str, Any]:
     cpu = survey["cpu"]
     model = cpu.get("model") or platform.processor() or platform.machine()
     return {
-        "name": f"{'-'.join(str(model).lower().split()[:4])}-{cpu['usable_cores']}-cores",
+        "name": f"{'-'.join(re.sub(r'[(](r|tm)[)]', '', str(model).lower()).split()[:4])}-{cpu['usable_cores']}-cores",
         "cpu": cpu,
         "memory_bytes": survey["memory_bytes"],
         "platform": platform.platform(),

@@ -23,7 +23,7 @@ from rich.table import Table
 
 import vlrt
 from plans import CUPS, Part
-from vlrt import pretrained, video
+from vlrt import config, pretrained, video
 from vlrt.train import synthetic
 
 HERE = Path("demo")
@@ -79,9 +79,9 @@ def ask_all(
     return found
 
 
-def draw_sheet(found: Sequence[Asked], path: Path) -> None:
+def draw_sheet(found: Sequence[Asked], model: config.Model, path: Path) -> None:
     """Write a picture: per clip every second frame, and under them the question and the answers."""
-    films = [video.load(one.clip).data[::2] for one in found]
+    films = [video.load(one.clip, model.video, model.vision).data[::2] for one in found]
     width = GAP + max(len(film) for film in films) * (FRAME + GAP)
     height = GAP + len(films) * (FRAME + TEXT + 2 * GAP)
     sheet = Image.new("RGB", (width, height), "white")
@@ -158,7 +158,7 @@ def main() -> None:
         for way, name in MODELS.items():
             console.print(f"{name}: {sum(one.is_right(way) for one in found)} of {len(found)} right")
         sheet = HERE / "answers.png"
-        draw_sheet(found, sheet)
+        draw_sheet(found, latent.model, sheet)
         console.print(f"The clips with questions and answers: {sheet}\n")
         print_timings(console, median_timings(runtimes, rows), found)
     console.print(f"How well the models answer in general: {pretrained.find(MODELS['latent'])}/README.md\n\nNext:")

@@ -40,15 +40,13 @@ def test_the_latent_model_follows_the_ball(questions, tmp_path):
     """Catches weights that are damaged, of another model, or lost in bf16, and an engine that runs them otherwise."""
     bundle = exporter.export(pretrained.find("shapes-latent"), tmp_path / "latent.vlrt")
     own = scores(bundle, questions)
-    assert own[1] >= 0.9
-    assert own[2] >= 0.9
-    assert own[3] >= 0.7
+    assert min(own.values()) >= 0.9  # its card says 1.0 on a hundred clips of each number of swaps
 
 
 def test_the_model_with_chains_follows_the_ball(questions, tmp_path):
     bundle = exporter.export(pretrained.find("shapes-cot"), tmp_path / "cot.vlrt")
     own = scores(bundle, questions, reasoning="cot")
-    assert min(own.values()) >= 0.8
+    assert min(own.values()) >= 0.9
 
 
 def test_the_demo_asks_about_fresh_clips_and_says_what_is_right(tmp_path):

@@ -111,6 +111,7 @@ def _write_weights(
     def flush() -> None:
         if pending:
             save_file(pending, directory / f"shard-{len(shards)}", metadata={"format": "pt"})
+            (directory / f"shard-{len(shards)}").chmod(0o644)  # safetensors lets nobody but the owner read
             shards.append(list(pending))
             pending.clear()
 
