@@ -9,8 +9,8 @@ alpha and rho, which are scalars of any float dtype on the device. Accumulators,
 Launch 1 zeroes the counters of launch 2, so all scratch may be uninitialised, calls may run on several streams at once,
 and a CUDA graph may be replayed. Sums are taken in a fixed order: every run gives the same bits.
 
-Every column block computes the attention weights of its head anew: D / BLOCK_N times one head's work. That is little for
-heads of 64 to 256 and a few hundred temporal patches; for one head of width C it can outweigh the weights' bandwidth.
+Every column block computes the attention weights of its head anew: D / BLOCK_N times one head's work. That is little
+for heads of 64 to 256 and a few hundred temporal patches; for one head of width C it can outweigh the weights.
 
 Not supported: fp64, weights with gaps between rows, z that overlaps h. Sources: docs/latents.md; `latent_kernels.py`.
 """
@@ -109,12 +109,10 @@ def latent_injection_into(
 ) -> None:
     """Write z of `latent_injection` to rows start .. start + L of embeds, and nothing else.
 
-    Args:
-        h: and those up to eps: as for `reference.latent_injection`. q_proj, memory_k, memory_v and alpha are all None
-            for mode "mlp", which does not look at the video.
-        embeds: [B, S, C], dtype of h, may not overlap h.
-        start: first row; or an int32 scalar tensor on the device, which is read by the kernel, so that a CUDA graph
-            may be replayed at other rows. It cannot be checked here: rows beyond S are dropped.
+    All up to eps is as in `reference.latent_injection`; q_proj, memory_k, memory_v and alpha are all None for mode
+    "mlp", which does not look at the video. embeds is [B, S, C] in the dtype of h and may not overlap it. start is the
+    first row; or an int32 scalar tensor on the device, read by the kernel, so that a CUDA graph may be replayed at
+    other rows: that cannot be checked here, and rows beyond S are dropped.
 
     Raises:
         ValueError: as `latent_injection`; or the rows do not fit embeds.
@@ -183,9 +181,9 @@ def _launch(h: Tensor, module: Module, eps: float, z: Tensor, start: Tensor | No
     activated, mixed = h.new_empty(num_rows, inner), h.new_empty(num_rows, width, dtype=torch.float32)
     rstd, squares = (h.new_empty(num_rows, n, dtype=torch.float32) for n in (1, parts))
     counters = h.new_empty(num_rows, dtype=torch.int32)
-    steps, memory_strides = 0, (0, 0, 0, 0)
+    steps, memory_strides = 0, [0, 0, 0, 0]
     if memory_k is not None and memory_v is not None:
-        steps, memory_strides = memory_k.shape[1], (*memory_k.stride()[:2], *memory_v.stride()[:2])
+        steps, memory_strides = memory_k.shape[1], [*memory_k.stride()[:2], *memory_v.stride()[:2]]
     with launch.on_device_of(h):
         expand_kernel[(triton.cdiv(num_rows, first.rows), blocks)](
             *(h, module.norm_in, module.fc1, q_proj, activated, q, rstd, counters),

@@ -73,9 +73,10 @@ def expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Write silu(fc1 u) to p_inner [R, inner], q_proj u to p_q [R, C], 1 / rms(h) to p_rstd [R], zeros to p_counters [R].
+    """Write silu(fc1 u) to p_inner [R, inner], q_proj u to p_q [R, C], 1 / rms(h) to p_rstd [R].
 
-    R = B * L rows; rows of all samples share a block, since they meet the same weights. p_q_proj may be None.
+    Also zeros to p_counters [R], for `mix_kernel`. R = B * L rows; rows of all samples share a block,
+    since they meet the same weights. p_q_proj may be None.
     """
     i_r = tl.program_id(0)
     i_n = tl.program_id(1)
