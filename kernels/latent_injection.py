@@ -53,8 +53,8 @@ def tiles(num_rows: int, dtype: torch.dtype) -> Tiles:
     """
     if num_rows == 1:
         return Tiles(1, 16, 512 if dtype.itemsize == 2 else 256, 16, 4, 1)
-    rows = 16 if num_rows <= 16 else 32
-    return Tiles(rows, 32, 128, 32, 4, 3) if dtype.itemsize == 2 else Tiles(rows, 32, 32, 32, 4, 2)
+    rows, num_warps = (16, 4) if num_rows <= 16 else (32, 8)  # 32 rows with 4 warps spill on sm_120
+    return Tiles(rows, 32, 128, 32, num_warps, 3) if dtype.itemsize == 2 else Tiles(rows, 32, 32, 32, num_warps, 2)
 
 
 def supported(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:

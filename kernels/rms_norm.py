@@ -18,7 +18,7 @@ from torch import Tensor
 from vlrt.kernels import launch
 
 MAX_WIDTH = 32_768  # 64 fp32 values a thread with 16 warps: beyond it a row no longer fits the registers
-WIDTHS = (128, 1280, 1536, 2048, 3584, 8192)  # per-head norms, the vision towers, the decoders of 2B to 72B
+WIDTHS = (128, 1280, 3584, 8192)  # per-head norms, the vision towers, decoders of 2B to 72B
 
 
 @triton.jit
