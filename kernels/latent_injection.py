@@ -1,4 +1,4 @@
-"""The latent injection module: hidden states to the vectors injected at the latent slots, in two launches.
+"""The latent injection module: hidden states to the vectors injected at the latent slots, in two or three launches.
 
     u = RMSNorm(h)
     z = rho * RMSNorm(u + fc2 silu(fc1 u) + tanh(alpha) * Attn(q_proj u, memory_k, memory_v))
@@ -6,11 +6,12 @@
 Shapes: h and z [B, L, C], fc1 [I, C], fc2 [C, I], q_proj [C, C], memory_k and memory_v [B, T, C]; all of one dtype, but
 alpha and rho, which are scalars of any float dtype on the device. Accumulators, softmax and norms in fp32.
 
-Launch 1 zeroes the counters of launch 2, so all scratch may be uninitialised, calls may run on several streams at once,
-and a CUDA graph may be replayed. Sums are taken in a fixed order: every run gives the same bits.
+The first launch zeroes the counters of the last, so all scratch may be uninitialised, calls may run on several streams
+at once, and a CUDA graph may be replayed. Sums are taken in a fixed order: every run gives the same bits.
 
-Every column block computes the attention weights of its head anew: D / BLOCK_N times one head's work. That is little
-for heads of 64 to 256 and a few hundred temporal patches; for one head of width C it can outweigh the weights.
+In two launches every column block computes the attention weights of its head anew: D / BLOCK_N times one head's work.
+For heads of 64 to 256 and some temporal patches that is little; where it is not (`scores_apart`), a launch between the
+two computes them once.
 
 Not supported: fp64, weights with gaps between rows, z that overlaps h. Sources: docs/latents.md; `latent_kernels.py`.
 """
@@ -23,7 +24,7 @@ import triton
 from torch import Tensor
 
 from vlrt.kernels import launch
-from vlrt.kernels.latent_kernels import expand_kernel, mix_kernel
+from vlrt.kernels.latent_kernels import expand_kernel, mix_kernel, score_kernel
 
 LOG2_E = 1.4426950408889634
 
@@ -55,6 +56,14 @@ def tiles(num_rows: int, dtype: torch.dtype) -> Tiles:
         return Tiles(1, 16, 512 if dtype.itemsize == 2 else 256, 16, 4, 1)
     rows, num_warps = (16, 4) if num_rows <= 16 else (32, 8)  # 32 rows with 4 warps spill on sm_120
     return Tiles(rows, 32, 128, 32, num_warps, 3) if dtype.itemsize == 2 else Tiles(rows, 32, 32, 32, num_warps, 2)
+
+
+def scores_apart(steps: int, inner: int, head_dim: int, columns: int) -> bool:
+    """Whether q k^T gets a launch of its own: read anew by every column block, memory_k outweighs a quarter of fc2.
+
+    By reasoning, not yet by measurement: a launch costs about what a quarter of fc2 [C, I] takes to read at C = 3584.
+    """
+    return 4 * steps * triton.cdiv(head_dim, columns) > inner
 
 
 def supported(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
@@ -184,6 +193,8 @@ def _launch(h: Tensor, module: Module, eps: float, z: Tensor, start: Tensor | No
     steps, memory_strides = 0, [0, 0, 0, 0]
     if memory_k is not None and memory_v is not None:
         steps, memory_strides = memory_k.shape[1], [*memory_k.stride()[:2], *memory_v.stride()[:2]]
+    row_blocks = batch * triton.cdiv(length, second.rows)
+    scores = None
     with launch.on_device_of(h):
         expand_kernel[(triton.cdiv(num_rows, first.rows), blocks)](
             *(h, module.norm_in, module.fc1, q_proj, activated, q, rstd, counters),
@@ -191,9 +202,16 @@ def _launch(h: Tensor, module: Module, eps: float, z: Tensor, start: Tensor | No
             *(eps, first.rows, first.columns, first.depth),
             **first.options,
         )
-        mix_kernel[(batch * triton.cdiv(length, second.rows), parts)](
+        if scores_apart(steps, inner, head_dim, second.columns):
+            scores = h.new_empty(num_rows, module.num_heads, steps, dtype=torch.float32)
+            score_kernel[(row_blocks, module.num_heads * triton.cdiv(steps, second.steps))](
+                *(q, memory_k, scores, *memory_strides[:2], length, steps, width, head_dim),
+                *(second.rows, second.depth, second.steps),
+                **second.options,
+            )
+        mix_kernel[(row_blocks, parts)](
             *(h, module.norm_in, module.fc2, memory_k, memory_v, module.alpha, module.norm_out, module.rho),
-            *(activated, q, rstd, mixed, squares, counters, z, start),
+            *(activated, q, scores, rstd, mixed, squares, counters, z, start),
             *(*h.stride()[:2], *memory_strides, *z.stride()[:2]),
             *(length, z.shape[1], steps, width, inner, head_dim),
             *(eps, LOG2_E * head_dim**-0.5, second.rows, second.columns, second.depth, second.steps),
@@ -203,24 +221,31 @@ def _launch(h: Tensor, module: Module, eps: float, z: Tensor, start: Tensor | No
 
 def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Yield (kernel, signature, constexprs, options) of every configuration that ships."""
-    strides_of_h = dict.fromkeys(("stride_hb", "stride_hl"), "i32")
-    strides = strides_of_h | dict.fromkeys(
-        ("stride_kb", "stride_kt", "stride_vb", "stride_vt", "stride_zb", "stride_zs"), "i32"
-    )
-    for torch_dtype, dtype in launch.FLOATS.items():
+    for dtype in launch.FLOATS:
         for num_rows in (1, 16, 32):
-            tile = tiles(num_rows, torch_dtype)
-            signature = dict.fromkeys(("p_h", "p_norm", "p_fc1", "p_q_proj", "p_inner", "p_q"), f"*{dtype}")
-            signature |= {"p_rstd": "*fp32", "p_counters": "*i32"} | strides_of_h
-            signature |= dict.fromkeys(("R", "L", "C", "inner"), "i32")
-            constexprs = {"EPS": 1e-6, "BLOCK_R": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
-            yield expand_kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, tile.options
+            tile = tiles(num_rows, dtype)
+            for kernel, signature, constexprs in _signatures(f"*{launch.FLOATS[dtype]}", tile):
+                yield kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, tile.options
 
-            floats = ("p_h", "p_norm_in", "p_fc2", "p_k", "p_v", "p_alpha", "p_norm_out", "p_rho", "p_inner", "p_q")
-            signature = dict.fromkeys(floats, f"*{dtype}")
-            signature |= dict.fromkeys(("p_rstd", "p_mixed", "p_squares"), "*fp32")
-            signature |= {"p_counters": "*i32", "p_z": f"*{dtype}", "p_start": "*i32"} | strides
-            signature |= dict.fromkeys(("L", "S", "T", "C", "inner", "D"), "i32")
-            constexprs = {"EPS": 1e-6, "SCALE": LOG2_E * 128**-0.5, "BLOCK_L": tile.rows}
-            constexprs |= {"BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "BLOCK_T": tile.steps}
-            yield mix_kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, tile.options
+
+def _signatures(dtype: str, tile: Tiles) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+    signature = dict.fromkeys(("p_h", "p_norm", "p_fc1", "p_q_proj", "p_inner", "p_q"), dtype)
+    signature |= {"p_rstd": "*fp32", "p_counters": "*i32"}
+    signature |= dict.fromkeys(("stride_hb", "stride_hl", "R", "L", "C", "inner"), "i32")
+    blocks = {"BLOCK_R": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
+    yield expand_kernel, signature, {"EPS": 1e-6, **blocks}
+
+    signature = {"p_q": dtype, "p_k": dtype, "p_scores": "*fp32"}
+    signature |= dict.fromkeys(("stride_kb", "stride_kt", "L", "T", "C", "D"), "i32")
+    yield score_kernel, signature, {"BLOCK_L": tile.rows, "BLOCK_K": tile.depth, "BLOCK_T": tile.steps}
+
+    floats = ("p_h", "p_norm_in", "p_fc2", "p_k", "p_v", "p_alpha", "p_norm_out", "p_rho", "p_inner", "p_q")
+    signature = dict.fromkeys(floats, dtype)
+    signature |= dict.fromkeys(("p_scores", "p_rstd", "p_mixed", "p_squares"), "*fp32")
+    signature |= {"p_counters": "*i32", "p_z": dtype, "p_start": "*i32"}
+    strides = ("stride_hb", "stride_hl", "stride_kb", "stride_kt", "stride_vb", "stride_vt", "stride_zb", "stride_zs")
+    signature |= dict.fromkeys((*strides, "L", "S", "T", "C", "inner", "D"), "i32")
+    constexprs: dict[str, Any] = {"EPS": 1e-6, "SCALE": LOG2_E * 128**-0.5, "BLOCK_L": tile.rows}
+    constexprs |= {"BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "BLOCK_T": tile.steps}
+    for apart in (True, False):
+        yield mix_kernel, signature, constexprs if apart else {"p_scores": None, **constexprs}

@@ -1,7 +1,8 @@
-"""The two kernels of the latent injection module; their launchers are in `latent_injection.py`, with the formula.
+"""The kernels of the latent injection module; their launchers are in `latent_injection.py`, with the formula.
 
 1. `expand_kernel`: each program normalises its rows of h and multiplies them by BLOCK_N rows of [fc1; q_proj].
-2. `mix_kernel`: each program makes BLOCK_N columns, all of one head, of the sum inside the second norm, and their part
+2. `score_kernel`, only where it pays: the products of the attention, which else every program of 3 computes for itself.
+3. `mix_kernel`: each program makes BLOCK_N columns, all of one head, of the sum inside the second norm, and their part
    of its sum of squares. The last program of a row block to finish (an atomic counter) normalises the rows.
 
 A handful of rows meets weights that are each read once, so the weights' bandwidth is the bound. One row is multiplied
@@ -109,13 +110,75 @@ def expand_kernel(
 
 
 @triton.jit
+def score(
+    p_q,
+    p_k,
+    stride_q,
+    stride_kt,
+    m_l,
+    o_t,
+    m_t,
+    D,
+    BLOCK_L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Return the products of rows p_q [L, D] and rows o_t of p_k [T, D]: [BLOCK_L, BLOCK_T] in fp32."""
+    b_scores = tl.zeros([BLOCK_L, BLOCK_T], tl.float32)
+    for o in range(0, D, BLOCK_K):
+        o_k = o + tl.arange(0, BLOCK_K)
+        m_k = o_k < D
+        p_q_block = p_q + tl.arange(0, BLOCK_L)[:, None] * stride_q + o_k[None, :]
+        b_q = tl.load(p_q_block, mask=m_l[:, None] & m_k[None, :], other=0.0)  # [L, K]
+        p_k_block = p_k + o_t.to(tl.int64)[:, None] * stride_kt + o_k[None, :]
+        b_k = tl.load(p_k_block, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [T, K]
+        b_scores = add_product(b_q, b_k, b_scores)
+    return b_scores
+
+
+@triton.jit
+def score_kernel(
+    p_q,
+    p_k,
+    p_scores,
+    stride_kb,
+    stride_kt,
+    L,
+    T,
+    C,
+    D,
+    BLOCK_L: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Write one block of q k^T of one head to p_scores [R, C / D heads, T] in fp32."""
+    num_l = tl.cdiv(L, BLOCK_L)
+    num_t = tl.cdiv(T, BLOCK_T)
+    i_b = (tl.program_id(0) // num_l).to(tl.int64)
+    i_l = tl.program_id(0) % num_l
+    i_head = tl.program_id(1) // num_t
+    m_l = i_l * BLOCK_L + tl.arange(0, BLOCK_L) < L
+    i_row = i_b * L + i_l * BLOCK_L
+    o_t = tl.program_id(1) % num_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_t = o_t < T
+    p_head_q = p_q + i_row * C + i_head * D
+    p_head_k = p_k + i_b * stride_kb + i_head * D
+    b_scores = score(p_head_q, p_head_k, C, stride_kt, m_l, o_t, m_t, D, BLOCK_L, BLOCK_K, BLOCK_T)
+    o_row = (i_row + tl.arange(0, BLOCK_L)) * (C // D) + i_head
+    tl.store(p_scores + o_row[:, None] * T + o_t[None, :], b_scores, mask=m_l[:, None] & m_t[None, :])
+
+
+@triton.jit
 def look_up(
     p_q,
     p_k,
     p_v,
+    p_scores,
+    o_scores,
     stride_q,
     stride_kt,
     stride_vt,
+    stride_s,
     m_l,
     o_d,
     T,
@@ -128,7 +191,7 @@ def look_up(
 ):
     """Return columns o_d of one head's attention of rows p_q to p_k, p_v [T, D]: [BLOCK_L, BLOCK_N] in fp32.
 
-    SCALE is log2(e) / sqrt(D): exponents of two.
+    p_scores + o_scores holds q k^T; p_scores None: it is computed here. SCALE is log2(e) / sqrt(D): exponents of two.
     """
     b_max = tl.full([BLOCK_L], -1.0e30, tl.float32)
     b_sum = tl.zeros([BLOCK_L], tl.float32)
@@ -136,15 +199,11 @@ def look_up(
     for o in range(0, T, BLOCK_T):
         o_t = o + tl.arange(0, BLOCK_T)
         m_t = o_t < T
-        b_scores = tl.zeros([BLOCK_L, BLOCK_T], tl.float32)
-        for o_head in range(0, D, BLOCK_K):
-            o_k = o_head + tl.arange(0, BLOCK_K)
-            m_k = o_k < D
-            p_q_block = p_q + tl.arange(0, BLOCK_L)[:, None] * stride_q + o_k[None, :]
-            b_q = tl.load(p_q_block, mask=m_l[:, None] & m_k[None, :], other=0.0)  # [L, K]
-            p_k_block = p_k + o_t.to(tl.int64)[:, None] * stride_kt + o_k[None, :]
-            b_k = tl.load(p_k_block, mask=m_t[:, None] & m_k[None, :], other=0.0)  # [T, K]
-            b_scores = add_product(b_q, b_k, b_scores)
+        if p_scores is not None:
+            p_block = p_scores + o_scores + tl.arange(0, BLOCK_L)[:, None] * stride_s + o_t[None, :]
+            b_scores = tl.load(p_block, mask=m_l[:, None] & m_t[None, :], other=0.0)  # [L, T]
+        else:
+            b_scores = score(p_q, p_k, stride_q, stride_kt, m_l, o_t, m_t, D, BLOCK_L, BLOCK_K, BLOCK_T)
         b_scores = tl.where(m_t[None, :], b_scores * SCALE, -1.0e30)
         b_new_max = tl.maximum(b_max, tl.max(b_scores, axis=1))
         b_shrink = tl.exp2(b_max - b_new_max)
@@ -169,6 +228,7 @@ def mix_kernel(
     p_rho,
     p_inner,
     p_q,
+    p_scores,
     p_rstd,
     p_mixed,
     p_squares,
@@ -198,7 +258,8 @@ def mix_kernel(
 ):
     """Write z to rows start .. start + L of p_z [B, S, C]; rows beyond S are dropped. p_start None: start is 0.
 
-    p_k None: no attention. Scratch: p_mixed [R, C] and p_squares [R, column blocks] in fp32, p_counters [R].
+    p_k None: no attention; p_scores: of `score_kernel`, or None.
+    Scratch: p_mixed [R, C] and p_squares [R, column blocks] in fp32, p_counters [R].
     """
     i_n = tl.program_id(1)
     num_l = tl.cdiv(L, BLOCK_L)
@@ -233,9 +294,12 @@ def mix_kernel(
             p_head_q,
             p_head_k,
             p_head_v,
+            p_scores,
+            (i_row * (C // D) + i_head) * T,
             C,
             stride_kt,
             stride_vt,
+            C // D * T,
             m_l,
             o_d,
             T,

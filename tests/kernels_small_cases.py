@@ -178,6 +178,20 @@ def test_latent_injection(latents, temporal, dtype):
     Injection(latents=latents, temporal=temporal, dtype=dtype).check()
 
 
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("latents", [1, 17])
+def test_two_launches_and_three_agree(latents, apart, monkeypatch):
+    """Catches scores of another head or sample, and a choice of launches that leaves one of the two untested."""
+    monkeypatch.setattr(latent_injection, "scores_apart", lambda *sizes: apart)
+    Injection(latents=latents, temporal=63).check()
+
+
+def test_few_heads_get_a_launch_for_their_scores():
+    """Catches a rule that is the wrong way round: heads of 128 and 32 patches stay with two launches at 7B."""
+    assert latent_injection.scores_apart(32, 3584, 3584, 32)
+    assert not latent_injection.scores_apart(32, 3584, 128, 32)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -198,7 +212,7 @@ def test_latent_injection_of_odd_sizes(sizes, dtype):
 
 def test_latent_injection_of_a_7b_model():
     """Catches what only full widths show: many column blocks per head, and more partial sums than fit one step."""
-    Injection(width=3584, num_heads=28, inner=63, latents=1, batch=1, dtype=torch.float16).check()
+    Injection(width=3584, num_heads=28, inner=123, latents=1, batch=1, dtype=torch.float16).check()
 
 
 @pytest.mark.parametrize("alpha", [-2.0, -1e-3, 0.0, 1e-3, 30.0])

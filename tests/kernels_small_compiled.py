@@ -58,10 +58,31 @@ def test_every_configuration_compiles(target, configuration, tmp_path):
     assert stack_bytes(compiled.asm["cubin"], tmp_path / "kernel.cubin") == 0
 
 
+OPTIONAL = {  # pointers that a launcher may leave out, together
+    "expand_kernel": [("p_q_proj", "p_q")],
+    "mix_kernel": [("p_k", "p_v", "p_alpha", "p_q", "p_scores"), ("p_start",)],
+    "slots_kernel": [("p_start",)],
+}
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+@pytest.mark.parametrize("module", MODULES)
+def test_sizes_of_one_and_absent_inputs_compile(module, left_out):
+    """Catches code that a constant breaks: at a launch Triton makes constants of integers that are 1, and of None."""
+    for name, (kernel, signature, constexprs, options) in CONFIGURATIONS:
+        if name.startswith(module) and "*bf16" in signature.values():
+            ones = {key: 1 for key, kind in signature.items() if kind == "i32" and not key.startswith("num_")}
+            absent = OPTIONAL.get(kernel.__name__, [])[left_out : left_out + 1]
+            constants = constexprs | ones | {key: None for keys in absent for key in keys}
+            source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+            triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_signatures_name_every_parameter_in_order(module):
     """Catches a configuration that is compiled ahead with its arguments in other places than at the launch."""
     for name, (kernel, signature, constexprs, _) in CONFIGURATIONS:
         if name.startswith(module):
             assert list(signature) == kernel.arg_names
+            assert all(constexprs[key] is None or key.isupper() for key in constexprs)
             assert {key for key, kind in signature.items() if kind == "constexpr"} == set(constexprs)
