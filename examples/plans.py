@@ -163,7 +163,7 @@ PLANS = {
         QUICK,
         (0,),
     ),
-    # Two CPU cores, 40 minutes: cups alone, the other families take longer to learn to see (docs/log.md).
+    # Two CPU cores, some 40 minutes: cups alone, the other families take longer to learn to see (docs/log.md).
     "small": Plan(
         SMALL_MODEL,
         (
