@@ -7,7 +7,7 @@ them; none is searched for at run time, so that the first call costs what the se
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ FP_FUSION = {"enable_fp_fusion": True}
 
 
 class Compilation(NamedTuple):
-    """One kernel as it is compiled ahead of time, the way its launcher would call it."""
+    """One kernel as it is compiled ahead of time: with the arguments that its launcher would pass."""
 
     name: str
     kernel: Any
@@ -31,6 +31,48 @@ class Compilation(NamedTuple):
     constexprs: dict[str, Any]
     aligned: tuple[str, ...]  # arguments that 16 divides
     options: dict[str, Any]
+
+
+TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+def compilation(
+    kernel: Any,
+    arch: int,
+    dtype: torch.dtype,
+    constexprs: Mapping[str, Any],
+    options: Mapping[str, Any],
+    pointers: Mapping[str, torch.dtype] | None = None,
+    unaligned: Collection[str] = (),
+) -> Compilation:
+    """Describe a kernel for `triton.compile`, its arguments typed by their names: `p_` pointers, strides, int sizes.
+
+    Args:
+        kernel: a `triton.jit` function.
+        arch: one of ARCHITECTURES.
+        dtype: of what its pointers point to, `pointers` aside.
+        constexprs: their values.
+        options: for Triton's compiler.
+        pointers: dtypes of the pointers that differ.
+        unaligned: strides that 16 does not divide, beside the sizes, of which nothing is known.
+    """
+    of_pointers = {name: dtype for name in kernel.arg_names if name.startswith("p_")} | dict(pointers or {})
+    runtime = [name for name in kernel.arg_names if name not in constexprs]
+    signature = {name: f"*{TRITON_TYPES[of_pointers[name]]}" if name in of_pointers else "i32" for name in runtime}
+    aligned = [name for name in runtime if name.startswith(("p_", "stride_")) and name not in unaligned]
+    signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    words = (f"{key.lower()}={value}" for key, value in constexprs.items() if key not in ("SCALE", "ALIGN"))
+    stages = (f"{key.removeprefix('num_')}={value}" for key, value in options.items() if key.startswith("num_"))
+    name = "-".join((kernel.__name__, f"sm_{arch}", TRITON_TYPES[dtype], *words, *stages))
+    return Compilation(name, kernel, arch, signature, dict(constexprs), tuple(aligned), dict(options))
+
+
+def cases(op: str, arch: int, head_dims: Collection[int]) -> Iterator[tuple[torch.dtype, int, Mapping[str, int]]]:
+    """Yield dtype, head dim and config of each row of an op's file that serves an architecture, at its largest."""
+    for row in rows(op):
+        if arch in row["arch"]:
+            dtype = torch.bfloat16 if row["dtype"] == "half" else torch.float32
+            yield dtype, max(dim for dim in head_dims if dim <= row["head_dim"]), row["config"]
 
 
 def architecture(device: torch.device) -> int:

@@ -9,6 +9,7 @@ Shapes and dtypes: video_attention.py, whose launcher checks them. Source: Flash
 """
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -19,6 +20,8 @@ from vlrt.kernels import configs, tl_ops
 
 PROGRAMS_PER_PROCESSOR = 2  # programs that one multiprocessor runs at a time, to hide each other's latency
 MAX_SPLITS = 64
+COMBINE_WARPS = 4
+BLOCK_T = 16  # new keys at a time: often one alone, and 16 is tl.dot's least
 INTERPRETED_PROCESSORS = 8  # what a CPU, on which kernels are interpreted, counts as
 
 
@@ -59,7 +62,8 @@ def decode_kernel(
     ALIGN: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # older keys at a time
+    BLOCK_T: tl.constexpr,  # new keys at a time
 ):
     """Attend from BLOCK_R rows to the keys of one split. Grid: (splits, blocks of rows, B * H_kv)."""
     i_split, i_r = tl.program_id(0), tl.program_id(1)
@@ -86,35 +90,31 @@ def decode_kernel(
     p_k_cache += tl.multiple_of(i_b * stride_kcb + i_kv * stride_kch, ALIGN)
     p_v_cache += tl.multiple_of(i_b * stride_vcb + i_kv * stride_vch, ALIGN)
     n = tl.arange(0, BLOCK_N)
-    # Whole blocks of older keys, which every row sees.
-    stop_old = start + tl.maximum(tl.minimum(stop, past) - start, 0) // BLOCK_N * BLOCK_N
+    # Older keys: every row sees them.
+    stop_old = tl.minimum(stop, past)
     for start_n in tl.range(start, stop_old, BLOCK_N):
+        m_n = start_n + n < stop_old
         k0, k1 = tl_ops.load(
-            p_k_cache + tl.cast(start_n, tl.int64) * stride_kcm, n * stride_kcm, n, HEAD_DIM, WIDTH0, WIDTH1, False
+            p_k_cache + tl.cast(start_n, tl.int64) * stride_kcm, n * stride_kcm, m_n, HEAD_DIM, WIDTH0, WIDTH1, True
         )  # [N, D0], [N, D1]
         v0, v1 = tl_ops.load(
-            p_v_cache + tl.cast(start_n, tl.int64) * stride_vcm, n * stride_vcm, n, HEAD_DIM, WIDTH0, WIDTH1, False
+            p_v_cache + tl.cast(start_n, tl.int64) * stride_vcm, n * stride_vcm, m_n, HEAD_DIM, WIDTH0, WIDTH1, True
         )  # [N, D0], [N, D1]
         highest, total, acc0, acc1 = tl_ops.attend(
-            q0, q1, k0, k1, v0, v1, True, highest, total, acc0, acc1, SCALE, False, WIDTH1
+            q0, q1, k0, k1, v0, v1, m_n[None, :], highest, total, acc0, acc1, SCALE, True, WIDTH1
         )
-    # The rest: older keys that fill no block, and the new ones.
-    for start_n in tl.range(stop_old, stop, BLOCK_N, num_stages=1):
-        slot = (start_n + n).to(tl.int64)
-        m_old, m_new = slot < tl.minimum(stop, past), (slot >= past) & (slot < stop)
-        o_kc, o_vc, o_t = slot * stride_kcm, slot * stride_vcm, slot * (HEAD_DIM // 2)
-        o_kn, o_vn = (slot - past) * stride_ks, (slot - past) * stride_vs
-        old0, old1 = tl_ops.load(p_k_cache, o_kc, m_old, HEAD_DIM, WIDTH0, WIDTH1, True)
-        new0, new1 = tl_ops.load_rotated(p_k, p_cos, p_sin, o_kn, o_t, m_new, HEAD_DIM, WIDTH0, WIDTH1)
+    # New keys: rotated here, stored by the first block of rows.
+    t = tl.arange(0, BLOCK_T)
+    for start_t in tl.range(tl.maximum(start, past), stop, BLOCK_T, num_stages=1):
+        slot = tl.cast(start_t, tl.int64) + t
+        m_t = slot < stop
+        o_k, o_v, o_t = (slot - past) * stride_ks, (slot - past) * stride_vs, slot * (HEAD_DIM // 2)
+        k0, k1 = tl_ops.load_rotated(p_k, p_cos, p_sin, o_k, o_t, m_t, HEAD_DIM, WIDTH0, WIDTH1)  # [T, D0], [T, D1]
+        v0, v1 = tl_ops.load(p_v, o_v, m_t, HEAD_DIM, WIDTH0, WIDTH1, True)  # [T, D0], [T, D1]
         if i_r == 0:
-            tl_ops.store(p_k_cache, o_kc, m_new, new0, new1, HEAD_DIM, WIDTH0, WIDTH1)
-        k0, k1 = tl.where(m_new[:, None], new0, old0), tl.where(m_new[:, None], new1, old1)  # [N, D0], [N, D1]
-        old0, old1 = tl_ops.load(p_v_cache, o_vc, m_old, HEAD_DIM, WIDTH0, WIDTH1, True)
-        new0, new1 = tl_ops.load(p_v, o_vn, m_new, HEAD_DIM, WIDTH0, WIDTH1, True)
-        if i_r == 0:
-            tl_ops.store(p_v_cache, o_vc, m_new, new0, new1, HEAD_DIM, WIDTH0, WIDTH1)
-        v0, v1 = tl.where(m_new[:, None], new0, old0), tl.where(m_new[:, None], new1, old1)  # [N, D0], [N, D1]
-        visible = (slot < stop)[None, :] & (slot[None, :] <= (past + s)[:, None])  # [R, N]
+            tl_ops.store(p_k_cache, slot * stride_kcm, m_t, k0, k1, HEAD_DIM, WIDTH0, WIDTH1)
+            tl_ops.store(p_v_cache, slot * stride_vcm, m_t, v0, v1, HEAD_DIM, WIDTH0, WIDTH1)
+        visible = m_t[None, :] & (slot[None, :] <= (past + s)[:, None])  # [R, T]
         highest, total, acc0, acc1 = tl_ops.attend(
             q0, q1, k0, k1, v0, v1, visible, highest, total, acc0, acc1, SCALE, True, WIDTH1
         )
@@ -199,6 +199,7 @@ def decode_attention(
         NUM_SPLITS=num_splits,
         BLOCK_R=block_r,
         BLOCK_N=config["BLOCK_N"],
+        BLOCK_T=BLOCK_T,
         **configs.options(config),
     )
     if num_splits > 1:
@@ -208,7 +209,7 @@ def decode_attention(
             NUM_SPLITS=num_splits,
             BLOCK_SPLITS=triton.next_power_of_2(num_splits),
             BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=4,
+            num_warps=COMBINE_WARPS,
             **configs.FP_FUSION,
         )
     return out
@@ -232,3 +233,21 @@ def num_processors(device: torch.device) -> int:
     if device.type != "cuda":
         return INTERPRETED_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def compilations(arch: int) -> Iterator[configs.Compilation]:
+    """Yield the kernels of this file for every config that an architecture ships."""
+    for dtype, head_dim, config in configs.cases("decode_attention", arch, tl_ops.HEAD_DIMS):
+        constexprs = {"SCALE": tl_ops.softmax_scale(head_dim), **tl_ops.head_constexprs(head_dim), "ALIGN": 8}
+        constexprs |= {
+            "NUM_SPLITS": 8,
+            "BLOCK_R": config["MAX_BLOCK_R"],
+            "BLOCK_N": config["BLOCK_N"],
+            "BLOCK_T": BLOCK_T,
+        }
+        pointers = {"p_past": torch.int32, "p_out": torch.float32, "p_log": torch.float32}
+        yield configs.compilation(decode_kernel, arch, dtype, constexprs, configs.options(config), pointers)
+    constexprs = {"HEAD_DIM": 128, "NUM_SPLITS": MAX_SPLITS, "BLOCK_SPLITS": MAX_SPLITS, "BLOCK_D": 128}
+    pointers = {"p_part": torch.float32, "p_log": torch.float32}
+    options = {"num_warps": COMBINE_WARPS, **configs.FP_FUSION}
+    yield configs.compilation(combine_kernel, arch, torch.bfloat16, constexprs, options, pointers)

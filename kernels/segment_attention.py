@@ -17,6 +17,8 @@ before, is cheaper: the config's ROTATE_KEYS_FIRST, by the mean length of the se
 Sources: FlashAttention (arXiv 2205.14135, 2307.08691), RoFormer (arXiv 2104.09864), Qwen2.5-VL (arXiv 2502.13923).
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -232,3 +234,16 @@ def check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cu_seqlens:
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.stride(-1) != 1:
             raise ValueError(f"{name} has strides {x.stride()}; its last axis must be contiguous")
+
+
+def compilations(arch: int) -> Iterator[configs.Compilation]:
+    """Yield the kernels of this file for every config that an architecture ships."""
+    for dtype, head_dim, config in configs.cases("segment_attention", arch, tl_ops.HEAD_DIMS):
+        head = {**tl_ops.head_constexprs(head_dim), "ALIGN": 8}
+        constexprs = {"SCALE": tl_ops.softmax_scale(head_dim), **head, "ROTATE_KEYS": not config["ROTATE_KEYS_FIRST"]}
+        constexprs |= {"BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"], "BLOCK_BOUNDS": BLOCK_BOUNDS}
+        pointers = {"p_bounds": torch.int32}
+        yield configs.compilation(segment_attention_kernel, arch, dtype, constexprs, configs.options(config), pointers)
+        if config["ROTATE_KEYS_FIRST"]:
+            constexprs = {**head, "BLOCK_M": config["BLOCK_M"]}
+            yield configs.compilation(rotate_kernel, arch, dtype, constexprs, configs.FP_FUSION)

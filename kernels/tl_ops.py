@@ -53,9 +53,9 @@ def alignment(*tensors: torch.Tensor) -> int:
 def dot(a, b, acc):
     """Return a @ b + acc in fp32. fp32 inputs are multiplied as such, not as tf32."""
     if INTERPRETED:  # the interpreter multiplies bfloat16 as if its bits were integers
-        out = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        out = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
     else:
-        out = tl.dot(a, b, acc, input_precision="ieee")
+        out = tl.dot(a, b, acc, input_precision="tf32x3")
     return out
 
 

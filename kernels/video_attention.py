@@ -11,6 +11,8 @@ decode_attention.py; for more, one launch rotates and appends, and a second atte
 Sources: FlashAttention (arXiv 2205.14135, 2307.08691), RoFormer (arXiv 2104.09864), GQA (arXiv 2305.13245).
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -249,3 +251,16 @@ def prefill_attention(
         **configs.options(prefill),
     )
     return out
+
+
+def compilations(arch: int) -> Iterator[configs.Compilation]:
+    """Yield the kernels of this file for every config that an architecture ships."""
+    for dtype, head_dim, config in configs.cases("append", arch, tl_ops.HEAD_DIMS):
+        constexprs = {**tl_ops.head_constexprs(head_dim), "ALIGN": 8, "BLOCK_S": config["BLOCK_S"]}
+        pointers = {"p_past": torch.int32}
+        yield configs.compilation(append_kernel, arch, dtype, constexprs, configs.options(config), pointers)
+    for dtype, head_dim, config in configs.cases("video_attention", arch, tl_ops.HEAD_DIMS):
+        blocks = {name: config[name] for name in ("BLOCK_M", "BLOCK_N")}
+        scale = tl_ops.softmax_scale(head_dim)
+        constexprs = {"SCALE": scale, **tl_ops.head_constexprs(head_dim), "ALIGN": 8, **blocks}
+        yield configs.compilation(prefill_kernel, arch, dtype, constexprs, configs.options(config), pointers)
