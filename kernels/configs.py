@@ -75,6 +75,7 @@ def cases(op: str, arch: int, head_dims: Collection[int]) -> Iterator[tuple[torc
             yield dtype, max(dim for dim in head_dims if dim <= row["head_dim"]), row["config"]
 
 
+@functools.cache
 def architecture(device: torch.device) -> int:
     """Return the architecture, such as 90, whose configs serve a device: its own, or the nearest below.
 

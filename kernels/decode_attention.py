@@ -90,15 +90,16 @@ def decode_kernel(
     p_k_cache += tl.multiple_of(i_b * stride_kcb + i_kv * stride_kch, ALIGN)
     p_v_cache += tl.multiple_of(i_b * stride_vcb + i_kv * stride_vch, ALIGN)
     n = tl.arange(0, BLOCK_N)
+    o_k, o_v = tl.multiple_of(n * stride_kcm, ALIGN), tl.multiple_of(n * stride_vcm, ALIGN)
     # Older keys: every row sees them.
     stop_old = tl.minimum(stop, past)
     for start_n in tl.range(start, stop_old, BLOCK_N):
         m_n = start_n + n < stop_old
         k0, k1 = tl_ops.load(
-            p_k_cache + tl.cast(start_n, tl.int64) * stride_kcm, n * stride_kcm, m_n, HEAD_DIM, WIDTH0, WIDTH1, True
+            p_k_cache + tl.cast(start_n, tl.int64) * stride_kcm, o_k, m_n, HEAD_DIM, WIDTH0, WIDTH1, True
         )  # [N, D0], [N, D1]
         v0, v1 = tl_ops.load(
-            p_v_cache + tl.cast(start_n, tl.int64) * stride_vcm, n * stride_vcm, m_n, HEAD_DIM, WIDTH0, WIDTH1, True
+            p_v_cache + tl.cast(start_n, tl.int64) * stride_vcm, o_v, m_n, HEAD_DIM, WIDTH0, WIDTH1, True
         )  # [N, D0], [N, D1]
         highest, total, acc0, acc1 = tl_ops.attend(
             q0, q1, k0, k1, v0, v1, m_n[None, :], highest, total, acc0, acc1, SCALE, True, WIDTH1
@@ -108,12 +109,14 @@ def decode_kernel(
     for start_t in tl.range(tl.maximum(start, past), stop, BLOCK_T, num_stages=1):
         slot = tl.cast(start_t, tl.int64) + t
         m_t = slot < stop
-        o_k, o_v, o_t = (slot - past) * stride_ks, (slot - past) * stride_vs, slot * (HEAD_DIM // 2)
-        k0, k1 = tl_ops.load_rotated(p_k, p_cos, p_sin, o_k, o_t, m_t, HEAD_DIM, WIDTH0, WIDTH1)  # [T, D0], [T, D1]
-        v0, v1 = tl_ops.load(p_v, o_v, m_t, HEAD_DIM, WIDTH0, WIDTH1, True)  # [T, D0], [T, D1]
+        o_kt = tl.multiple_of((slot - past) * stride_ks, ALIGN)
+        o_vt = tl.multiple_of((slot - past) * stride_vs, ALIGN)
+        o_t = slot * (HEAD_DIM // 2)
+        k0, k1 = tl_ops.load_rotated(p_k, p_cos, p_sin, o_kt, o_t, m_t, HEAD_DIM, WIDTH0, WIDTH1)  # [T, D0], [T, D1]
+        v0, v1 = tl_ops.load(p_v, o_vt, m_t, HEAD_DIM, WIDTH0, WIDTH1, True)  # [T, D0], [T, D1]
         if i_r == 0:
-            tl_ops.store(p_k_cache, slot * stride_kcm, m_t, k0, k1, HEAD_DIM, WIDTH0, WIDTH1)
-            tl_ops.store(p_v_cache, slot * stride_vcm, m_t, v0, v1, HEAD_DIM, WIDTH0, WIDTH1)
+            tl_ops.store(p_k_cache, tl.multiple_of(slot * stride_kcm, ALIGN), m_t, k0, k1, HEAD_DIM, WIDTH0, WIDTH1)
+            tl_ops.store(p_v_cache, tl.multiple_of(slot * stride_vcm, ALIGN), m_t, v0, v1, HEAD_DIM, WIDTH0, WIDTH1)
         visible = m_t[None, :] & (slot[None, :] <= (past + s)[:, None])  # [R, T]
         highest, total, acc0, acc1 = tl_ops.attend(
             q0, q1, k0, k1, v0, v1, visible, highest, total, acc0, acc1, SCALE, True, WIDTH1

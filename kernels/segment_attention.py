@@ -72,16 +72,15 @@ def attend_to_tokens(
     """Take tokens start_n .. start_n + BLOCK_N into the online softmax; those from `stop` on not, if MASKED."""
     n = tl.arange(0, BLOCK_N)
     m_n = start_n + n < stop
+    o_k, o_v = tl.multiple_of(n * stride_kn, ALIGN), tl.multiple_of(n * stride_vn, ALIGN)
     p_k += tl.multiple_of(tl.cast(start_n, tl.int64) * stride_kn, ALIGN)
     p_v += tl.multiple_of(tl.cast(start_n, tl.int64) * stride_vn, ALIGN)
     if ROTATE_KEYS:
         o_table = (start_n + n) * (HEAD_DIM // 2)
-        k0, k1 = tl_ops.load_rotated(
-            p_k, p_cos, p_sin, n * stride_kn, o_table, m_n, HEAD_DIM, WIDTH0, WIDTH1
-        )  # [N, D0], [N, D1]
+        k0, k1 = tl_ops.load_rotated(p_k, p_cos, p_sin, o_k, o_table, m_n, HEAD_DIM, WIDTH0, WIDTH1)  # [N, D0], [N, D1]
     else:
-        k0, k1 = tl_ops.load(p_k, n * stride_kn, m_n, HEAD_DIM, WIDTH0, WIDTH1, MASKED)  # [N, D0], [N, D1]
-    v0, v1 = tl_ops.load(p_v, n * stride_vn, m_n, HEAD_DIM, WIDTH0, WIDTH1, MASKED)  # [N, D0], [N, D1]
+        k0, k1 = tl_ops.load(p_k, o_k, m_n, HEAD_DIM, WIDTH0, WIDTH1, MASKED)  # [N, D0], [N, D1]
+    v0, v1 = tl_ops.load(p_v, o_v, m_n, HEAD_DIM, WIDTH0, WIDTH1, MASKED)  # [N, D0], [N, D1]
     highest, total, acc0, acc1 = state
     return tl_ops.attend(q0, q1, k0, k1, v0, v1, m_n[None, :], highest, total, acc0, acc1, SCALE, MASKED, WIDTH1)
 
@@ -127,7 +126,8 @@ def segment_attention_kernel(
     last = count_bounds_up_to(p_bounds, num_segments, stop_m - 1, BLOCK_BOUNDS)
 
     m = start_m + tl.arange(0, BLOCK_M)
-    o_q = m.to(tl.int64) * stride_qn
+    o_q = tl.multiple_of(m.to(tl.int64) * stride_qn, ALIGN)
+    o_out = tl.multiple_of(m.to(tl.int64) * stride_on, ALIGN)
     o_table = m * (HEAD_DIM // 2)
     q0, q1 = tl_ops.load_rotated(
         p_q, p_cos, p_sin, o_q, o_table, m < num_tokens, HEAD_DIM, WIDTH0, WIDTH1
@@ -150,7 +150,7 @@ def segment_attention_kernel(
         _, total, acc0, acc1 = state
         mine = (m >= start) & (m < stop)
         inverse = (1.0 / total)[:, None]
-        tl_ops.store(p_out, m.to(tl.int64) * stride_on, mine, acc0 * inverse, acc1 * inverse, HEAD_DIM, WIDTH0, WIDTH1)
+        tl_ops.store(p_out, o_out, mine, acc0 * inverse, acc1 * inverse, HEAD_DIM, WIDTH0, WIDTH1)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -173,7 +173,15 @@ def rotate_kernel(
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     p_x += tl.multiple_of(i_h * stride_xh, ALIGN)
     x0, x1 = tl_ops.load_rotated(
-        p_x, p_cos, p_sin, m * stride_xn, m * (HEAD_DIM // 2), m < num_tokens, HEAD_DIM, WIDTH0, WIDTH1
+        p_x,
+        p_cos,
+        p_sin,
+        tl.multiple_of(m * stride_xn, ALIGN),
+        m * (HEAD_DIM // 2),
+        m < num_tokens,
+        HEAD_DIM,
+        WIDTH0,
+        WIDTH1,
     )  # [M, D0], [M, D1]
     o_out = (i_h * num_tokens + m) * HEAD_DIM
     tl_ops.store(p_out, o_out, m < num_tokens, x0, x1, HEAD_DIM, WIDTH0, WIDTH1)
@@ -186,12 +194,17 @@ def segment_attention(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor,
         ValueError: dtypes, shapes or strides that the kernels do not take.
     """
     check(q, k, v, cos, sin, cu_seqlens)
-    cos, sin, cu_seqlens = cos.contiguous(), sin.contiguous(), cu_seqlens.contiguous()
+    if not len(q):
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return launch(q, k, v, cos.contiguous(), sin.contiguous(), cu_seqlens.contiguous())
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """`segment_attention` of at least one token. The arguments are not checked."""
     num_tokens, num_heads, head_dim = q.shape
     num_segments = len(cu_seqlens) - 1
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if not num_tokens:
-        return out
     mean_length = triton.cdiv(num_tokens, max(num_segments, 1))
     config = configs.lookup("segment_attention", configs.architecture(q.device), q.dtype, head_dim, mean_length)
     head = {**tl_ops.head_constexprs(head_dim), "ALIGN": tl_ops.alignment(q, k, v)}

@@ -71,8 +71,10 @@ def append_kernel(
     p_v += tl.multiple_of(i_b * stride_vb + i_h * stride_vh, ALIGN)
     p_k_cache += tl.multiple_of(i_b * stride_kcb + i_h * stride_kch, ALIGN)
     p_v_cache += tl.multiple_of(i_b * stride_vcb + i_h * stride_vch, ALIGN)
-    o_k, o_v, o_table = s * stride_ks, s * stride_vs, (past + s) * (HEAD_DIM // 2)
-    o_k_cache, o_v_cache = (past + s) * stride_kcm, (past + s) * stride_vcm
+    o_k, o_v = tl.multiple_of(s * stride_ks, ALIGN), tl.multiple_of(s * stride_vs, ALIGN)
+    o_table = (past + s) * (HEAD_DIM // 2)
+    o_k_cache = tl.multiple_of((past + s) * stride_kcm, ALIGN)
+    o_v_cache = tl.multiple_of((past + s) * stride_vcm, ALIGN)
     k0, k1 = tl_ops.load_rotated(p_k, p_cos, p_sin, o_k, o_table, m_s, HEAD_DIM, WIDTH0, WIDTH1)
     v0, v1 = tl_ops.load(p_v, o_v, m_s, HEAD_DIM, WIDTH0, WIDTH1, True)
     tl_ops.store(p_k_cache, o_k_cache, m_s, k0, k1, HEAD_DIM, WIDTH0, WIDTH1)
@@ -126,13 +128,13 @@ def prefill_kernel(
     rows = tl.arange(0, BLOCK_M)
     m_m = start_m + rows < num_new
     p_q += tl.multiple_of(i_b * stride_qb + i_h * stride_qh + start_m.to(tl.int64) * stride_qs, ALIGN)
-    o_q = rows * stride_qs
+    o_q = tl.multiple_of(rows * stride_qs, ALIGN)
     o_table = (past + start_m + rows).to(tl.int64) * (HEAD_DIM // 2)
     q0, q1 = tl_ops.load_rotated(p_q, p_cos, p_sin, o_q, o_table, m_m, HEAD_DIM, WIDTH0, WIDTH1)  # [M, D0], [M, D1]
     highest, total, acc0, acc1 = tl_ops.no_rows(BLOCK_M, WIDTH0, WIDTH1)
 
     n = tl.arange(0, BLOCK_N)
-    o_k, o_v = n * stride_kcm, n * stride_vcm
+    o_k, o_v = tl.multiple_of(n * stride_kcm, ALIGN), tl.multiple_of(n * stride_vcm, ALIGN)
     # Keys that every query of the block sees, in whole blocks: no mask. They are all in use, whatever M is.
     stop_whole = (past + start_m + 1) // BLOCK_N * BLOCK_N
     for start_n in tl.range(0, stop_whole, BLOCK_N):
@@ -162,7 +164,8 @@ def prefill_kernel(
 
     p_out += tl.multiple_of(i_b * stride_ob + i_h * stride_oh + start_m.to(tl.int64) * stride_os, ALIGN)
     inverse = (1.0 / total)[:, None]  # every query sees its own key
-    tl_ops.store(p_out, rows * stride_os, m_m, acc0 * inverse, acc1 * inverse, HEAD_DIM, WIDTH0, WIDTH1)
+    o_out = tl.multiple_of(rows * stride_os, ALIGN)
+    tl_ops.store(p_out, o_out, m_m, acc0 * inverse, acc1 * inverse, HEAD_DIM, WIDTH0, WIDTH1)
 
 
 def video_attention(
@@ -183,9 +186,9 @@ def video_attention_(
     """
     check(q, k, v, cos, sin, k_cache, v_cache, past_length)
     cos, sin = cos.contiguous(), sin.contiguous()
-    if q.shape[1] <= DECODE_ROWS:
-        return decode_attention.decode_attention(q, k, v, cos, sin, k_cache, v_cache, past_length)
-    return prefill_attention(q, k, v, cos, sin, k_cache, v_cache, past_length)
+    attend = decode_attention.decode_attention if q.shape[1] <= DECODE_ROWS else prefill_attention
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return attend(q, k, v, cos, sin, k_cache, v_cache, past_length)
 
 
 def check(

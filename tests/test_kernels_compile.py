@@ -23,14 +23,16 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def cases():
-    """Return each kernel and config once for the first and once for the last target that it ships for."""
+    """Return each kernel and config for the first and the last target that it ships for, and for the one with wgmma."""
     alike = {}
     for arch in TARGETS:
         for module in MODULES:
             for case in importlib.import_module(f"vlrt.kernels.{module}").compilations(arch):
                 key = repr((case.kernel, case.signature, case.constexprs, case.options))
                 alike.setdefault(key, []).append(case)
-    chosen = {case.name: case for same in alike.values() for case in (same[0], same[-1])}
+    chosen = {
+        case.name: case for same in alike.values() for case in same if case in (same[0], same[-1]) or case.arch == 90
+    }
     return list(chosen.values())
 
 
