@@ -44,6 +44,7 @@ def compilation(
     options: Mapping[str, Any],
     pointers: Mapping[str, torch.dtype] | None = None,
     unaligned: Collection[str] = (),
+    descriptors: Mapping[str, tuple[int, int]] | None = None,
 ) -> Compilation:
     """Describe a kernel for `triton.compile`, its arguments typed by their names: `p_` pointers, strides, int sizes.
 
@@ -55,13 +56,21 @@ def compilation(
         options: for Triton's compiler.
         pointers: dtypes of the pointers that differ.
         unaligned: strides that 16 does not divide, beside the sizes, of which nothing is known.
+        descriptors: block shapes of the arguments that are tensor descriptors.
     """
     of_pointers = {name: dtype for name in kernel.arg_names if name.startswith("p_")} | dict(pointers or {})
     runtime = [name for name in kernel.arg_names if name not in constexprs]
     signature = {name: f"*{TRITON_TYPES[of_pointers[name]]}" if name in of_pointers else "i32" for name in runtime}
+    for name, block in (descriptors or {}).items():
+        if name in signature:
+            signature[name] = f"tensordesc<{TRITON_TYPES[dtype]}{list(block)}>"
     aligned = [name for name in runtime if name.startswith(("p_", "stride_")) and name not in unaligned]
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    words = (f"{key.lower()}={value}" for key, value in constexprs.items() if key not in ("SCALE", "ALIGN"))
+    words = (
+        f"{key.lower()}={value}"
+        for key, value in constexprs.items()
+        if value is not None and key not in ("SCALE", "ALIGN")
+    )
     stages = (f"{key.removeprefix('num_')}={value}" for key, value in options.items() if key.startswith("num_"))
     name = "-".join((kernel.__name__, f"sm_{arch}", TRITON_TYPES[dtype], *words, *stages))
     return Compilation(name, kernel, arch, signature, dict(constexprs), tuple(aligned), dict(options))

@@ -10,6 +10,7 @@ Shapes and dtypes: video_attention.py, whose launcher checks them. Source: Flash
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -241,7 +242,11 @@ def num_processors(device: torch.device) -> int:
 def compilations(arch: int) -> Iterator[configs.Compilation]:
     """Yield the kernels of this file for every config that an architecture ships."""
     for dtype, head_dim, config in configs.cases("decode_attention", arch, tl_ops.HEAD_DIMS):
-        constexprs = {"SCALE": tl_ops.softmax_scale(head_dim), **tl_ops.head_constexprs(head_dim), "ALIGN": 8}
+        constexprs: dict[str, Any] = {
+            "SCALE": tl_ops.softmax_scale(head_dim),
+            **tl_ops.head_constexprs(head_dim),
+            "ALIGN": 8,
+        }
         constexprs |= {
             "NUM_SPLITS": 8,
             "BLOCK_R": config["MAX_BLOCK_R"],

@@ -18,6 +18,7 @@ Sources: FlashAttention (arXiv 2205.14135, 2307.08691), RoFormer (arXiv 2104.098
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -253,7 +254,11 @@ def compilations(arch: int) -> Iterator[configs.Compilation]:
     """Yield the kernels of this file for every config that an architecture ships."""
     for dtype, head_dim, config in configs.cases("segment_attention", arch, tl_ops.HEAD_DIMS):
         head = {**tl_ops.head_constexprs(head_dim), "ALIGN": 8}
-        constexprs = {"SCALE": tl_ops.softmax_scale(head_dim), **head, "ROTATE_KEYS": not config["ROTATE_KEYS_FIRST"]}
+        constexprs: dict[str, Any] = {
+            "SCALE": tl_ops.softmax_scale(head_dim),
+            **head,
+            "ROTATE_KEYS": not config["ROTATE_KEYS_FIRST"],
+        }
         constexprs |= {"BLOCK_M": config["BLOCK_M"], "BLOCK_N": config["BLOCK_N"], "BLOCK_BOUNDS": BLOCK_BOUNDS}
         pointers = {"p_bounds": torch.int32}
         yield configs.compilation(segment_attention_kernel, arch, dtype, constexprs, configs.options(config), pointers)

@@ -8,6 +8,7 @@ the pieces. Knows no op. Notation: README.md beside this file.
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 HEAD_DIMS = (64, 72, 80, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,6 +48,16 @@ def alignment(*tensors: torch.Tensor) -> int:
     strides = (stride for x in tensors for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
     whole = all(stride % 8 == 0 for stride in strides) and all(x.data_ptr() % 16 == 0 for x in tensors)
     return 8 if whole else 1
+
+
+def blocks(x: torch.Tensor, num_rows: int, tma: bool) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """Return how the copy engine reads contiguous x [..., D] in blocks of rows, in two pieces; None for no piece."""
+    head = head_constexprs(x.shape[-1])
+    first, second = (
+        TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [num_rows, head[width]]) if tma and head[width] else None
+        for width in ("WIDTH0", "WIDTH1")
+    )
+    return first, second
 
 
 @triton.jit
@@ -107,6 +118,16 @@ def load(
     x1 = x0
     if WIDTH1:
         x1 = load_piece(p_x, o_rows, m_rows, WIDTH0, WIDTH1, HEAD_DIM, MASKED)
+    return x0, x1
+
+
+@triton.jit
+def load_block(d_x0, d_x1, row, WIDTH0: tl.constexpr, WIDTH1: tl.constexpr):
+    """Load a block of rows in two pieces by the copy engine: see `load` and `blocks`."""
+    x0 = d_x0.load([row, 0])
+    x1 = x0
+    if WIDTH1:
+        x1 = d_x1.load([row, WIDTH0])
     return x0, x1
 
 

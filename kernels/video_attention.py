@@ -12,6 +12,7 @@ Sources: FlashAttention (arXiv 2205.14135, 2307.08691), RoFormer (arXiv 2104.098
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -90,6 +91,10 @@ def prefill_kernel(
     p_v_cache,
     p_past,  # int32 scalar
     p_out,  # [B, S, H, D]
+    d_k0,  # caches as [B * H_kv * M, D] in blocks [BLOCK_N, D0] and [BLOCK_N, D1] for the copy engine, if TMA
+    d_k1,
+    d_v0,
+    d_v1,
     stride_qb,
     stride_qs,
     stride_qh,
@@ -109,6 +114,7 @@ def prefill_kernel(
     WIDTH0: tl.constexpr,
     WIDTH1: tl.constexpr,
     ALIGN: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -135,15 +141,20 @@ def prefill_kernel(
 
     n = tl.arange(0, BLOCK_N)
     o_k, o_v = tl.multiple_of(n * stride_kcm, ALIGN), tl.multiple_of(n * stride_vcm, ALIGN)
+    row = ((i_b * stride_kcb + i_kv * stride_kch) // HEAD_DIM).to(tl.int32)
     # Keys that every query of the block sees, in whole blocks: no mask. They are all in use, whatever M is.
     stop_whole = (past + start_m + 1) // BLOCK_N * BLOCK_N
     for start_n in tl.range(0, stop_whole, BLOCK_N):
-        k0, k1 = tl_ops.load(
-            p_k + tl.cast(start_n, tl.int64) * stride_kcm, o_k, n, HEAD_DIM, WIDTH0, WIDTH1, False
-        )  # [N, D0], [N, D1]
-        v0, v1 = tl_ops.load(
-            p_v + tl.cast(start_n, tl.int64) * stride_vcm, o_v, n, HEAD_DIM, WIDTH0, WIDTH1, False
-        )  # [N, D0], [N, D1]
+        if TMA:
+            k0, k1 = tl_ops.load_block(d_k0, d_k1, row + start_n, WIDTH0, WIDTH1)  # [N, D0], [N, D1]
+            v0, v1 = tl_ops.load_block(d_v0, d_v1, row + start_n, WIDTH0, WIDTH1)  # [N, D0], [N, D1]
+        else:
+            k0, k1 = tl_ops.load(
+                p_k + tl.cast(start_n, tl.int64) * stride_kcm, o_k, n, HEAD_DIM, WIDTH0, WIDTH1, False
+            )  # [N, D0], [N, D1]
+            v0, v1 = tl_ops.load(
+                p_v + tl.cast(start_n, tl.int64) * stride_vcm, o_v, n, HEAD_DIM, WIDTH0, WIDTH1, False
+            )  # [N, D0], [N, D1]
         highest, total, acc0, acc1 = tl_ops.attend(
             q0, q1, k0, k1, v0, v1, True, highest, total, acc0, acc1, SCALE, False, WIDTH1
         )
@@ -243,12 +254,15 @@ def prefill_attention(
         BLOCK_S=append["BLOCK_S"],
         **configs.options(append),
     )
+    tma = bool(prefill["TMA"]) and head["ALIGN"] > 1 and k_cache.is_contiguous() and v_cache.is_contiguous()
+    blocks = [tl_ops.blocks(cache, prefill["BLOCK_N"], tma) for cache in (k_cache, v_cache)]
     prefill_kernel[(num_heads, batch, triton.cdiv(num_new, prefill["BLOCK_M"]))](
-        *(q, cos, sin, k_cache, v_cache, past_length, out),
+        *(q, cos, sin, k_cache, v_cache, past_length, out, *blocks[0], *blocks[1]),
         *(*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[:3]),
         *(num_new, num_heads // num_kv_heads),
         SCALE=tl_ops.softmax_scale(head_dim),
         **head,
+        TMA=tma,
         BLOCK_M=prefill["BLOCK_M"],
         BLOCK_N=prefill["BLOCK_N"],
         **configs.options(prefill),
@@ -259,11 +273,15 @@ def prefill_attention(
 def compilations(arch: int) -> Iterator[configs.Compilation]:
     """Yield the kernels of this file for every config that an architecture ships."""
     for dtype, head_dim, config in configs.cases("append", arch, tl_ops.HEAD_DIMS):
-        constexprs = {**tl_ops.head_constexprs(head_dim), "ALIGN": 8, "BLOCK_S": config["BLOCK_S"]}
+        constexprs: dict[str, Any] = {**tl_ops.head_constexprs(head_dim), "ALIGN": 8, "BLOCK_S": config["BLOCK_S"]}
         pointers = {"p_past": torch.int32}
         yield configs.compilation(append_kernel, arch, dtype, constexprs, configs.options(config), pointers)
     for dtype, head_dim, config in configs.cases("video_attention", arch, tl_ops.HEAD_DIMS):
-        blocks = {name: config[name] for name in ("BLOCK_M", "BLOCK_N")}
-        scale = tl_ops.softmax_scale(head_dim)
-        constexprs = {"SCALE": scale, **tl_ops.head_constexprs(head_dim), "ALIGN": 8, **blocks}
-        yield configs.compilation(prefill_kernel, arch, dtype, constexprs, configs.options(config), pointers)
+        blocks = {name: config[name] for name in ("TMA", "BLOCK_M", "BLOCK_N")}
+        scale, head = tl_ops.softmax_scale(head_dim), tl_ops.head_constexprs(head_dim)
+        constexprs = {"SCALE": scale, **head, "ALIGN": 8, **blocks}
+        constexprs |= {f"d_{x}{i}": None for x in "kv" for i in (0, 1) if not (config["TMA"] and head[f"WIDTH{i}"])}
+        descriptors = {f"d_{x}{i}": (config["BLOCK_N"], head[f"WIDTH{i}"]) for x in "kv" for i in (0, 1)}
+        yield configs.compilation(
+            prefill_kernel, arch, dtype, constexprs, configs.options(config), pointers, descriptors=descriptors
+        )

@@ -99,6 +99,18 @@ def test_prefill_of_odd_lengths(past, num_new, groups):
         Video(past, num_new, groups=groups, num_kv_heads=1, dtype=torch.bfloat16).check(launchers()["prefill"])
 
 
+@pytest.mark.parametrize("head_dim", [72, 96, 128])
+@interpreted
+def test_prefill_by_the_copy_engine(head_dim):
+    """Catches descriptors of another cache row, or of columns beyond the head dim."""
+    from vlrt.kernels import configs
+
+    lookup = configs.lookup
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "lookup", lambda *key: {**lookup(*key), "TMA": 1})
+        Video(200, 40, head_dim=head_dim, batch=2, dtype=torch.bfloat16).check(launchers()["prefill"])
+
+
 @pytest.mark.parametrize("num_splits", [1, 3, 8])
 @pytest.mark.parametrize("groups", [1, 2, 7])
 @pytest.mark.parametrize(("past", "num_new"), [(0, 1), (0, 32), (1, 1), (63, 1), (64, 2), (123, 32), (777, 5)])
