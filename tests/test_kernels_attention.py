@@ -198,7 +198,7 @@ def segment_attention(segments, *, keys_first=None):
 
 
 @pytest.mark.parametrize("keys_first", [False, True])
-@pytest.mark.parametrize("lengths", [[1], [63], [1, 1, 1], [4, 63, 1, 123], [64, 64, 16, 16], [130, 200]])
+@pytest.mark.parametrize("lengths", [[1], [63], [1, 1, 1], [4, 63, 1, 123], [64, 64, 16, 16], [63, 70], [130, 200]])
 @interpreted
 def test_segments_of_odd_lengths(lengths, keys_first):
     """Catches bounds off by one, tiles that meet several segments, and tokens that see their neighbours."""
