@@ -13,7 +13,6 @@ from torch import Tensor
 import vlrt.kernels.schema
 
 OPS = tuple(vlrt.kernels.schema.SCHEMAS)
-
 video_attention = torch.ops.vlrt.video_attention
 video_attention_ = torch.ops.vlrt.video_attention_
 segment_attention = torch.ops.vlrt.segment_attention
