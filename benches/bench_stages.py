@@ -10,7 +10,6 @@ its parity gate, and every answer must repeat itself.
 
 import argparse
 import multiprocessing
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from rich.table import Table
 
 import vlrt
 from benches import machine, material
+from benches.quantiles import quantiles
 from vlrt.answer import peak_host_memory_bytes
 from vlrt.bundle import Bundle
 
@@ -125,17 +125,6 @@ def _row(case: tuple[Any, ...], samples: list[dict[str, Any]], cold: dict[str, A
         "seconds": {stage: quantiles([s[stage] for s in samples]) for stage in STAGES},
         "usage": samples[-1]["usage"],
         "cold": cold,
-    }
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    """Return median, p20 and p80."""
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return {
-        "median": statistics.median(ordered),
-        "p20": ordered[round(0.2 * last)],
-        "p80": ordered[round(0.8 * last)],
     }
 
 

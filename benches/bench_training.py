@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benches import machine, material
-from benches.bench_stages import quantiles
+from benches.quantiles import quantiles
 from vlrt.answer import peak_host_memory_bytes
 from vlrt.checkpoint import Checkpoint
 from vlrt.models.decoder import FullAttention
