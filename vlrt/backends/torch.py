@@ -79,7 +79,8 @@ class TorchBackend:
         precision: str,
         device: torch.device,
     ) -> None:
-        self.model, self.device, self._dtype = model, device, DTYPES[precision]
+        self.model, self.device = model, device
+        self.precision, self._dtype = precision, DTYPES[precision]
         self.prefill_chunk, self.vision_chunk = SIZES[device.type]
         self._table = table.to(device, self._dtype)
         self._head = self._table if head is table else head.to(device, self._dtype)
