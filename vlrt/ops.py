@@ -3,6 +3,7 @@
 Importing it loads torch and registers the ops. Knows no model.
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor
 import vlrt.kernels.schema
 
 OPS = tuple(vlrt.kernels.schema.SCHEMAS)
+ON_GPUS = {  # op -> module of kernels/ whose `supported(dtype, shape)` speaks for it
+    "video_attention": "video_attention",
+    "video_attention_": "video_attention",
+    "segment_attention": "segment_attention",
+}
 
 video_attention = torch.ops.vlrt.video_attention
 video_attention_ = torch.ops.vlrt.video_attention_
@@ -31,6 +37,9 @@ def supported(op: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) 
     """
     if op not in OPS:
         return f"no op is named {op!r}; there are {', '.join(OPS)}"
+    if device == "cuda" and op in ON_GPUS:
+        reason: str | None = importlib.import_module(f"vlrt.kernels.{ON_GPUS[op]}").supported(dtype, shape)
+        return reason
     if device != "cpu":
         return f"{op} has no kernel for {device!r} yet; it runs on 'cpu'"
     if not dtype.is_floating_point:
