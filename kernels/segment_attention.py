@@ -30,11 +30,11 @@ from vlrt.kernels import configs, tl_ops
 BLOCK_BOUNDS = 1024  # segment bounds that a program reads at a time
 
 
-def supported(dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+def supported(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
     """Say why the kernel does not take q of this dtype and shape [N, H, D], or None."""
     if len(shape) != 3:
-        return f"segment_attention takes q [N, H, D], not {list(shape)}"
-    return tl_ops.unsupported("segment_attention", dtype, shape[-1])
+        return f"{op} takes q [N, H, D], not {list(shape)}"
+    return tl_ops.unsupported(op, dtype, shape[-1])
 
 
 @triton.jit
@@ -233,7 +233,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cu_seqlens
 
 def check(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> None:
     """Raise ValueError for tensors that the kernels do not take, saying what they are and what they should be."""
-    reason = supported(q.dtype, tuple(q.shape))
+    reason = supported("segment_attention", q.dtype, tuple(q.shape))
     if reason:
         raise ValueError(reason)
     half = (q.shape[0], q.shape[2] // 2)

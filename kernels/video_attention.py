@@ -24,11 +24,11 @@ from vlrt.kernels import configs, decode_attention, tl_ops
 DECODE_ROWS = 32  # new positions up to which splitting the keys beats splitting the queries
 
 
-def supported(dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+def supported(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
     """Say why the kernels do not take q of this dtype and shape [B, S, H, D], or None."""
     if len(shape) != 4:
-        return f"video_attention takes q [B, S, H, D], not {list(shape)}"
-    return tl_ops.unsupported("video_attention", dtype, shape[-1])
+        return f"{op} takes q [B, S, H, D], not {list(shape)}"
+    return tl_ops.unsupported(op, dtype, shape[-1])
 
 
 @triton.jit(do_not_specialize=["num_new"])
@@ -206,7 +206,7 @@ def check(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, past_length: Tensor
 ) -> None:
     """Raise ValueError for tensors that the kernels do not take, saying what they are and what they should be."""
-    reason = supported(q.dtype, tuple(q.shape))
+    reason = supported("video_attention", q.dtype, tuple(q.shape))
     if reason:
         raise ValueError(reason)
     batch, num_new, num_heads, head_dim = q.shape

@@ -18,7 +18,7 @@ from vlrt.kernels import configs
 TARGETS = (80, 87, 89, 90, 110, 120)
 MAX_STACK_BYTES = 64  # registers spilled per thread: beyond, a kernel waits for its own memory
 KERNELS = Path(__file__).parent.parent / "kernels"
-MODULES = [path.stem for path in sorted(KERNELS.glob("*.py")) if "\ndef compilations(" in path.read_text()]
+MODULES = [path.stem for path in sorted(KERNELS.glob("*.py")) if "\ndef compilations(arch" in path.read_text()]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 

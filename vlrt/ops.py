@@ -4,6 +4,7 @@ Importing it loads torch and registers the ops. Knows no model.
 """
 
 import importlib
+import importlib.util
 from typing import Any
 
 import torch
@@ -12,11 +13,6 @@ from torch import Tensor
 import vlrt.kernels.schema
 
 OPS = tuple(vlrt.kernels.schema.SCHEMAS)
-ON_GPUS = {  # op -> module of kernels/ whose `supported(dtype, shape)` speaks for it
-    "video_attention": "video_attention",
-    "video_attention_": "video_attention",
-    "segment_attention": "segment_attention",
-}
 
 video_attention = torch.ops.vlrt.video_attention
 video_attention_ = torch.ops.vlrt.video_attention_
@@ -37,16 +33,26 @@ def supported(op: str, device: str, dtype: torch.dtype, shape: tuple[int, ...]) 
     """
     if op not in OPS:
         return f"no op is named {op!r}; there are {', '.join(OPS)}"
-    if device == "cuda" and op in ON_GPUS:
-        reason: str | None = importlib.import_module(f"vlrt.kernels.{ON_GPUS[op]}").supported(dtype, shape)
-        return reason
-    if device != "cpu":
-        return f"{op} has no kernel for {device!r} yet; it runs on 'cpu'"
-    if not dtype.is_floating_point:
+    if device not in ("cpu", "cuda"):
+        return f"{op} has no kernel for {device!r}; it runs on 'cpu' and 'cuda'"
+    if op == "patchify" and dtype != torch.uint8:
+        return f"{op} takes frames of torch.uint8, not {dtype}"
+    if op != "patchify" and not dtype.is_floating_point:
         return f"{op} takes floating point tensors, not {dtype}"
     if len(shape) < 2:
         return f"{op} takes tensors of 2 axes or more, not {list(shape)}"
-    return None
+    return None if device == "cpu" else _kernel_supports(op, dtype, shape)
+
+
+def _kernel_supports(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
+    """Ask the module of an op's launcher, which imports triton."""
+    module = f"vlrt.kernels.{vlrt.kernels.schema.LAUNCHERS[op]}"
+    if importlib.util.find_spec(module) is None:
+        return f"{op} has no kernel for 'cuda' yet; it runs on 'cpu'"
+    if importlib.util.find_spec("triton") is None:
+        return f"{op} on 'cuda' needs the package triton, which is not installed"
+    reason: str | None = importlib.import_module(module).supported(op, dtype, shape)
+    return reason
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

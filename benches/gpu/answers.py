@@ -118,9 +118,7 @@ def _transformers(setting: Setting, expired: Callable[[], bool]) -> dict[str, An
     peer, clip = Peer(setting), Clip(setting)
     backend = random_model.loaded(setting)
     patches = clip.patches()
-    built = random_model.built_prompt(
-        peer.model, patches.grid_thw, patches.seconds_per_temporal_patch, latent=False
-    )
+    built = random_model.built_prompt(peer.model, patches.grid_thw, patches.seconds_per_temporal_patch, latent=False)
     context = generate.read(backend, built, backend.encode(patches.pixels, patches.grid_thw))
     ours = torch.from_numpy(backend.logits(generate.Writer(backend, context, 8).last_hidden)[0])
     error = relative_error(ours, peer.logits(built, patches.pixels))

@@ -251,5 +251,3 @@ def _verify_large(op: str, setting: Setting) -> None:
     outs = outputs(op, setting.op(op), large)
     for out, exact_out, plain_out in zip(outs, exact, plain, strict=True):
         assert_close(out[-64:], exact_out, plain_out)
-
-
