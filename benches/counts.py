@@ -3,6 +3,7 @@
 A product of [M, K] by [K, N] is 2 M K N operations; norms, activations and softmax are left out, as is what masks hide.
 """
 
+import itertools
 from collections.abc import Sequence
 
 from vlrt import config
@@ -53,6 +54,6 @@ def vision_flops(vision: config.Vision, grid_thw: Sequence[int], windows: Sequen
     merged = width * vision.spatial_merge_size**2
     merger = num_patches // vision.spatial_merge_size**2 * (merged * merged + merged * vision.out_hidden_size)
     full = sum(layer < vision.depth for layer in vision.full_attention_layers) if vision.window_size else vision.depth
-    in_windows = sum((stop - start) ** 2 for start, stop in zip(windows[:-1], windows[1:], strict=True))
+    in_windows = sum((stop - start) ** 2 for start, stop in itertools.pairwise(windows))
     pairs = full * time * (rows * columns) ** 2 + (vision.depth - full) * in_windows
     return 2.0 * (num_patches * per_patch + merger) + 4.0 * width * pairs

@@ -5,6 +5,7 @@ stops at the last token's id; the process is warm. Weights are random, so length
 engines get the same patches, cut by vlrt, which counts for both; transformers' own preprocessing is left out.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -109,7 +110,7 @@ def answer(backend: TorchBackend, clip: Clip, how: str, num_tokens: int, *, apar
     ids = list(writer.answer(max_tokens=num_tokens, min_tokens=num_tokens, eos=model.tokens.eos_token_ids))
     assert len(ids) == num_tokens, "the length was to be forced"
     mark("answer")
-    stages = {stage: stop - start for (_, start), (stage, stop) in zip(marks[:-1], marks[1:], strict=True)}
+    stages = {stage: stop - start for (_, start), (stage, stop) in itertools.pairwise(marks)}
     return {**(stages if apart else {}), "total": marks[-1][1] - marks[0][1]}
 
 

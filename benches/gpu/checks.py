@@ -180,7 +180,7 @@ def _verify_far(op: str, setting: Setting, given: Arguments, places: tuple[int, 
 def spread(x: Tensor, far: int) -> Tensor:
     """Return x with a first stride that puts its last entry at least `far` elements from its first."""
     rest = x[0].contiguous()
-    stride = -(-max(far, rest.numel()) // (len(x) - 1) // 16) * 16 + 16
+    stride = max(far // (len(x) - 1), rest.numel()) // 16 * 16 + 16
     buffer = torch.empty(stride * (len(x) - 1) + rest.numel(), dtype=x.dtype, device=x.device)
     return buffer.as_strided(x.shape, (stride, *rest.stride())).copy_(x)
 

@@ -1,4 +1,4 @@
-"""Hugging Face transformers on the weights of a random model: bf16, its own attention of PyTorch, its own `generate`."""
+"""Hugging Face transformers on the weights of a random model: bf16, SDPA, its own `generate`."""
 
 import time
 from typing import Any
