@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benches import op_bench
 from benches.inputs import Arguments, Setting, Source
@@ -41,12 +42,14 @@ def _rivals(given: Arguments, size: int, setting: Setting) -> dict[str, Callable
     turned = [reference.rotary(x, cos, sin) for x in (q, k)]
     batch = [x.unflatten(0, (-1, size)).transpose(1, 2).contiguous() for x in (*turned, v)]
 
-    def rotate() -> Any:
-        return [reference.rotary(x, cos, sin) for x in (q, k)]
-
-    fast = torch.compile(rotate, dynamic=False) if setting.device == "cuda" else rotate
+    fast = op_bench.compile_once(rotate, setting)
     alone = op_bench.sdpa_rivals(*batch, setting, causal=False)
-    return alone | op_bench.sdpa_rivals(*batch, setting, causal=False, prepare=fast)
+    return alone | op_bench.sdpa_rivals(*batch, setting, causal=False, prepare=lambda: fast(q, k, cos, sin))
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rotated queries and keys: what SDPA leaves to others."""
+    return reference.rotary(q, cos, sin), reference.rotary(k, cos, sin)
 
 
 if __name__ == "__main__":

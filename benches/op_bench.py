@@ -4,6 +4,7 @@ Each `bench_<op>.py` yields cases; this file runs them. Knows no op by name but 
 """
 
 import argparse
+import functools
 import json
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,8 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benches import timing
+from benches.closeness import assert_close
 from benches.inputs import Arguments, Setting, expected, outputs, poisoned, with_own_caches
-from tests.closeness import assert_close
 
 Call = Callable[[], Any]
 COUNTED = "+rotary"  # ending of a rival's name that does all the work that ours does
@@ -125,10 +126,10 @@ def run_cases(cases: Iterable[Case], setting: Setting, expired: Callable[[], boo
             continue
         try:
             rows.append(run_case(case, setting))
-        except Exception as error:
+        except Exception:
             rows.append({"case": case.name, "op": case.op, "error": traceback.format_exc()})
-            if setting.device == "cuda" and isinstance(error, RuntimeError):
-                torch.cuda.synchronize()  # raises where the device is lost: the worker then starts anew
+            if timing.device_is_lost(setting.device):
+                break
     return {"rows": rows}
 
 
@@ -171,8 +172,14 @@ def compiled(function: Callable[..., Any], given: Arguments, setting: Setting) -
     """Return a function by torch.compile as a rival; on the CPU none, which has no compiler to rely on."""
     if setting.device != "cuda":
         return {}
-    fast = torch.compile(function, dynamic=False)
+    fast = compile_once(function, setting)
     return {"torch_compile": lambda: fast(*given)}
+
+
+@functools.cache
+def compile_once(function: Callable[..., Any], setting: Setting) -> Callable[..., Any]:
+    """Return a function by torch.compile, compiled anew for a second size alone; on the CPU as it is."""
+    return torch.compile(function) if setting.device == "cuda" else function
 
 
 def main(op: str, cases: Callable[[Setting], Iterator[Case]]) -> None:

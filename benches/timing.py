@@ -57,6 +57,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def device_is_lost(device: str) -> bool:
+    """Return whether a kernel has broken this process's context, which only a new process mends."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def _measure_on_host(call: Call, seconds: float) -> dict[str, Any]:
     call()
     times: list[float] = []

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = targets.rows(found)
     result = {"bench": "gpu", "date": begun, "device": device, "tiny": args.tiny, "targets": rows, "phases": found}
     (args.out / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.tiny:
+        print("trial run in tiny sizes: the figures mean nothing")
     print(targets.table(rows, found))
     print(args.out / "results.json")
     return int(any("result" not in part for name in phases for part in found.get(name, {}).values()))

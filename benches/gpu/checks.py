@@ -4,24 +4,26 @@ On the CPU the kernels are interpreted, in sizes that take that no time.
 """
 
 import functools
+import itertools
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benches import timing
+from benches.closeness import assert_close
 from benches.inputs import Arguments, Setting, Source, expected, outputs, poisoned, with_own_caches
 from benches.op_bench import verify
-from tests.closeness import assert_close
 
 FAR = 2**31 + 8  # elements: beyond what an int32 can count
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Make = Callable[[Source], Arguments]
-Check = tuple[str, str, Make, torch.dtype]  # name, op, arguments, dtype
+Check = tuple[str, str, Make]  # name, op, arguments
 
 
 def run(item: str, setting: Setting, expired: Callable[[], bool], out: Path) -> dict[str, Any]:
@@ -39,81 +41,65 @@ def run(item: str, setting: Setting, expired: Callable[[], bool], out: Path) -> 
             except Exception:
                 row["error"] = traceback.format_exc()
         rows.append(row | {"seconds": time.monotonic() - begun})
+        if timing.device_is_lost(setting.device):
+            rows[-1].setdefault("error", "the kernel broke the context of its process")
+            break
         if setting.device == "cuda":
-            torch.cuda.synchronize()  # raises where the kernel broke the context: the error is this check's
             torch.cuda.empty_cache()
     failed = [row["check"] for row in rows if "error" in row]
     return {"rows": rows, "num_checks": len(rows), "failed": failed}
 
 
 def _checks(item: str, setting: Setting) -> Iterator[tuple[str, Callable[[], None]]]:
-    given = list(_shapes(item, setting))
-    for name, op, make, dtype in given:
-        source = Source(setting.device, dtype)
-        yield (
-            f"{op} {name} {str(dtype).removeprefix('torch.')}",
-            lambda op=op, make=make, source=source: verify(op, setting.op(op), make(source)),
-        )
-    for name, op, make, dtype, places in _far(item, setting):
-        source = Source(setting.device, dtype)
-        yield (
-            f"{op} far {name}",
-            lambda op=op, make=make, source=source, places=places: _verify_far(op, setting, make(source), places),
-        )
-    if setting.device != "cuda":
-        return
-    for op, makes in _replayed(item).items():
-        yield f"{op} replay", functools.partial(_verify_replay, op, setting, *makes)
-    for op in {"rms_norm": ("rms_norm", "add_rms_norm"), "swiglu": ("swiglu",)}.get(item, ()):
-        yield f"{op} more than 2**31 elements", functools.partial(_verify_large, op, setting)
-
-
-def _shapes(item: str, setting: Setting) -> Iterator[Check]:
-    """Yield odd sizes. Few per dtype: every new specialisation of a kernel is compiled once more."""
+    """Yield the checks of an op, those first that matter most where time is short."""
     dtypes = setting.pick(DTYPES, (torch.float32, torch.bfloat16))
-    for dtype in dtypes:
-        if item in ("video_attention", "decode_attention"):
-            yield from _video_shapes(item, setting, dtype)
-        elif item == "segment_attention":
-            for head_dim in setting.pick((80, 72, 128), (80,)) if dtype != torch.float32 else (80,):
-                lengths = setting.pick((1, 63, 123, 64, 64, 777, 1024), (1, 19, 7))
-                yield (
-                    f"D={head_dim}",
-                    "segment_attention",
-                    functools.partial(
-                        Source.segment_attention, lengths=lengths, num_heads=setting.pick(5, 1), head_dim=head_dim
-                    ),
-                    dtype,
-                )
-        elif item == "latent_injection":
-            for length, width, steps, heads in setting.pick(
-                ((1, 3584, 33, 28), (8, 3584, 128, 28), (17, 896, 1, 14)), ((1, 48, 3, 2), (3, 48, 5, 3))
-            ):
-                yield (
-                    f"L={length} C={width} T={steps}",
-                    item,
-                    lambda s, length=length, width=width, steps=steps, heads=heads: s.latent_injection(
-                        length, width, steps, heads, batch=2
-                    ),
-                    dtype,
-                )
-        elif item in ("rms_norm", "swiglu"):
-            for rows, width in setting.pick(((1, 3584), (123, 777), (63, 18_944)), ((3, 77),)):
-                for op in ("rms_norm", "add_rms_norm") if item == "rms_norm" else ("swiglu",):
-                    yield (
-                        f"rows={rows} width={width}",
-                        op,
-                        lambda s, op=op, rows=rows, width=width: getattr(s, op)(rows, width),
-                        dtype,
-                    )
-        else:
-            for frames, height, width in setting.pick(((2, 28, 28), (6, 252, 308)), ((2, 28, 56),)):
-                yield (
-                    f"{frames}x{height}x{width}",
-                    item,
-                    lambda s, size=(frames, height, width): s.patchify(*size),
-                    dtype,
-                )
+    yield from _shape_checks(item, setting, dtypes[0])
+    for name, op, make, dtype, places in _far(item, setting):
+        far = Source(setting.device, dtype)
+        yield f"{op} far {name}", functools.partial(_verify_far, op, setting, make, far, places)
+    if setting.device == "cuda":
+        for op, makes in _replayed(item).items():
+            yield f"{op} replay", functools.partial(_verify_replay, op, setting, *makes)
+        for op in {"rms_norm": ("rms_norm", "add_rms_norm"), "swiglu": ("swiglu",)}.get(item, ()):
+            yield f"{op} more than 2**31 elements", functools.partial(_verify_large, op, setting)
+    for dtype in dtypes[1:]:
+        yield from _shape_checks(item, setting, dtype)
+
+
+def _shape_checks(item: str, setting: Setting, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    for name, op, make in _shapes(item, setting, dtype):
+        source = Source(setting.device, dtype)
+
+        def check(op: str = op, make: Make = make, source: Source = source) -> None:
+            verify(op, setting.op(op), make(source))
+
+        yield f"{op} {name} {str(dtype).removeprefix('torch.')}", check
+
+
+def _shapes(item: str, setting: Setting, dtype: torch.dtype) -> Iterator[Check]:
+    """Yield odd sizes. Few per dtype: every new specialisation of a kernel is compiled once more."""
+    if item in ("video_attention", "decode_attention"):
+        yield from _video_shapes(item, setting, dtype)
+    elif item == "segment_attention":
+        lengths = setting.pick((1, 63, 123, 64, 64, 777, 1024), (1, 19, 7))
+        for head_dim in setting.pick((80, 72, 128), (80,)) if dtype == torch.bfloat16 else (80,):
+            sizes = {"lengths": lengths, "num_heads": setting.pick(5, 1), "head_dim": head_dim}
+            yield f"D={head_dim}", item, functools.partial(Source.segment_attention, **sizes)
+    elif item == "latent_injection":
+        full = ((1, 3584, 33, 28), (8, 3584, 128, 28), (17, 896, 1, 14), (8, 896, 129, 1))
+        for length, width, steps, heads in setting.pick(full, ((1, 48, 3, 2), (3, 48, 5, 3))):
+            sizes = {"length": length, "width": width, "steps": steps, "num_heads": heads, "batch": 2}
+            name = f"L={length} C={width} T={steps} heads={heads}"
+            yield name, item, functools.partial(Source.latent_injection, **sizes)
+    elif item in ("rms_norm", "swiglu"):
+        for rows, width in setting.pick(((1, 3584), (123, 777), (63, 18_944)), ((3, 77),)):
+            for op in ("rms_norm", "add_rms_norm") if item == "rms_norm" else ("swiglu",):
+                make = functools.partial(getattr(Source, op), rows=rows, width=width)
+                yield f"rows={rows} width={width}", op, make
+    else:
+        for frames, height, width in setting.pick(((2, 28, 28), (6, 252, 308)), ((2, 28, 56),)):
+            make = functools.partial(Source.patchify, num_frames=frames, height=height, width=width)
+            yield f"{frames}x{height}x{width}", item, make
 
 
 def _video_shapes(item: str, setting: Setting, dtype: torch.dtype) -> Iterator[Check]:
@@ -121,17 +107,13 @@ def _video_shapes(item: str, setting: Setting, dtype: torch.dtype) -> Iterator[C
         sizes = setting.pick(((0, 1), (63, 1), (777, 2), (2047, 1), (1000, 9), (3, 32)), ((5, 1), (19, 3)))
     else:
         sizes = setting.pick(((0, 63), (0, 777), (123, 129), (1000, 33), (777, 1024)), ((0, 37), (5, 33)))
+    heads = setting.pick((28, 4), (4, 2))
     for past, num_new in sizes:
-        head_dims = (128, 64, 80) if not setting.tiny and dtype == torch.bfloat16 and past in (777, 123) else (128,)
-        for head_dim in head_dims if not setting.tiny else (64,):
-            yield (
-                f"past={past} S={num_new} D={head_dim}",
-                "video_attention_",
-                lambda s, past=past, num_new=num_new, head_dim=head_dim: s.video_attention(
-                    past, num_new, heads=setting.pick((28, 4), (4, 2)), head_dim=head_dim, batch=2, spare=9
-                ),
-                dtype,
-            )
+        others = (64, 80) if dtype == torch.bfloat16 and past in (777, 123) else ()
+        for head_dim in setting.pick((128, *others), (64,)):
+            given = {"past": past, "num_new": num_new, "heads": heads, "head_dim": head_dim, "batch": 2, "spare": 9}
+            name = f"past={past} S={num_new} D={head_dim}"
+            yield name, "video_attention_", functools.partial(Source.video_attention, **given)
 
 
 def _far(item: str, setting: Setting) -> Iterator[tuple[str, str, Make, torch.dtype, tuple[int, ...]]]:
@@ -166,23 +148,31 @@ def _far(item: str, setting: Setting) -> Iterator[tuple[str, str, Make, torch.dt
         yield "frames", item, lambda s: s.patchify(4, 28, 56), dtype, (0,)
 
 
-def _verify_far(op: str, setting: Setting, given: Arguments, places: tuple[int, ...]) -> None:
-    far = setting.pick(FAR, 2**14)
+def _verify_far(op: str, setting: Setting, make: Make, source: Source, places: tuple[int, ...]) -> None:
+    given, far = make(source), setting.pick(FAR, 2**14)
     exact, plain = expected(op, with_own_caches(op, given))
-    for place in places:
-        given[place] = spread(given[place], far)
+    for place, x in zip(places, spread([given[place] for place in places], far), strict=True):
+        given[place] = x
     with poisoned():
         outs = outputs(op, setting.op(op), given)
     for out, exact_out, plain_out in zip(outs, exact, plain, strict=True):
         assert_close(out, exact_out, plain_out)
 
 
-def spread(x: Tensor, far: int) -> Tensor:
-    """Return x with a first stride that puts its last entry at least `far` elements from its first."""
-    rest = x[0].contiguous()
-    stride = max(far // (len(x) - 1), rest.numel()) // 16 * 16 + 16
-    buffer = torch.empty(stride * (len(x) - 1) + rest.numel(), dtype=x.dtype, device=x.device)
-    return buffer.as_strided(x.shape, (stride, *rest.stride())).copy_(x)
+def spread(tensors: Sequence[Tensor], far: int) -> list[Tensor]:
+    """Return tensors with a first stride that puts their last entries at least `far` elements from their first.
+
+    They share one buffer, between whose values NaN stands.
+    """
+    sizes = [-(-x[0].numel() // 16) * 16 for x in tensors]
+    steps = len(tensors[0]) - 1
+    stride = max(far // steps, sum(sizes)) // 16 * 16 + 16
+    buffer = torch.empty(stride * steps + sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
+    buffer.fill_(torch.nan if buffer.is_floating_point() else 77)
+    views = []
+    for x, offset in zip(tensors, itertools.accumulate([0, *sizes]), strict=False):
+        views.append(buffer.as_strided(x.shape, (stride, *x[0].contiguous().stride()), offset).copy_(x))
+    return views
 
 
 def _replayed(item: str) -> dict[str, tuple[Make, Make]]:

@@ -24,10 +24,10 @@ def rows(found: Found) -> list[Row]:
 def table(made: list[Row], found: Found) -> str:
     """Return the targets as text, and what failed."""
     words = {True: "met", False: "NOT MET", None: "not measured"}
-    lines = [f"{'target':58} {'wanted':>8} {'reached':>10}"]
+    lines = [f"{'target':68} {'wanted':>8} {'reached':>10}"]
     for row in made:
         reached = "-" if row["reached"] is None else f"{row['reached']:.3g}"
-        lines.append(f"{row['target']:58} {row['wanted']:>8} {reached:>10}  {words[row['met']]}")
+        lines.append(f"{row['target']:68} {row['wanted']:>8} {reached:>10}  {words[row['met']]}")
     for phase, items in found.items():
         for item, part in items.items():
             if "error" in part:
@@ -38,7 +38,31 @@ def table(made: list[Row], found: Found) -> str:
                 name = row.get("check") or f"{row.get('op')} {row.get('case')}"
                 if "error" in row:
                     lines.append(f"FAILED {phase}/{item}: {name}: {row['error'].strip().splitlines()[-1][:120]}")
-    return "\n".join(lines)
+    return "\n".join([*facts(found), *lines])
+
+
+def facts(found: Found) -> list[str]:
+    """Return what was measured behind the targets, one line per phase that has something to say."""
+    lines = []
+    for item, part in found.get("ceilings", {}).items():
+        if "result" in part:
+            lines.append(f"{item}: {part['result']['best'] / 1e12:.4g} T{'B' if item == 'memory' else 'FLOP'}/s")
+    for item, part in found.get("stages", {}).items():
+        stages = part.get("result", {})
+        times = [(name, stages[name]) for name in ("vision", "prefill") if "seconds" in stages.get(name, {})]
+        words = [f"{name} {stage['seconds']['median'] * 1e3:.1f} ms" for name, stage in times]
+        steps = stages.get("steps", {})
+        count = steps.get("num_latents")
+        for name in ("recurrent_rollout", "answer_steps", "steps_without_head"):
+            words += [f"{name} {count} x {steps[name]['median'] / count * 1e3:.2f} ms"] if name in steps else []
+        for name in ("parallel_rollout", "parallel_round", "replayed_step"):
+            words += [f"{name} {steps[name]['median'] * 1e3:.2f} ms"] if steps.get(name) else []
+        lines.append(f"{item}: {', '.join(words)}")
+    for item, part in found.get("answers", {}).items():
+        seconds = part.get("result", {}).get("seconds", {})
+        words = [f"{how} {t['median'] if isinstance(t, Mapping) else t:.4g} s" for how, t in seconds.items()]
+        lines.append(f"{item}, from {part.get('result', {}).get('from')}: {', '.join(words)}")
+    return lines
 
 
 def _targets() -> Iterator[tuple[str, bool, float, Callable[[Found], float]]]:
@@ -147,6 +171,12 @@ def _answer_targets() -> Iterator[tuple[str, bool, float, Callable[[Found], floa
     def direct(f: Found, engine: str) -> float:
         return float(f["answers"][engine]["result"]["seconds"]["direct"]["median"])
 
+    def overhead(f: Found, how: str) -> float:
+        seconds = ours(f, how) - direct(f, "vlrt")
+        if seconds <= 0:
+            raise ZeroDivisionError("latents took no time that could be told from noise")
+        return seconds
+
     for rollout in ("parallel", "recurrent"):
         for engine, end_to_end in (("transformers", 68), ("vlrt", 20)):
             yield (
@@ -159,7 +189,7 @@ def _answer_targets() -> Iterator[tuple[str, bool, float, Callable[[Found], floa
                 f"16 frames, {rollout}: {engine}'s reasoning overhead over ours",
                 True,
                 100,
-                lambda f, r=rollout, e=engine: (chain(f, e) - direct(f, e)) / (ours(f, r) - direct(f, "vlrt")),
+                lambda f, r=rollout, e=engine: (chain(f, e) - direct(f, e)) / overhead(f, r),
             )
 
 

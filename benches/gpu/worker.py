@@ -33,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             parts.write(args.out, phase, item, skipped="out of time", seconds=0.0)
             continue
         found = _guarded(phase, item, args, deadline)
-        parts.write(args.out, phase, item, **found, seconds=time.monotonic() - begun)
-        if "error" in found and _device_is_lost(args.device):
+        try:
+            parts.write(args.out, phase, item, **found, seconds=time.monotonic() - begun)
+        except (TypeError, ValueError) as error:  # no JSON: NaN, or a tensor
+            parts.write(args.out, phase, item, error=f"{error}: {found}", seconds=time.monotonic() - begun)
+        if _device_is_lost(args.device):
             sys.exit(LOST_DEVICE)
 
 
@@ -50,15 +53,9 @@ def _guarded(phase: str, item: str, args: argparse.Namespace, deadline: float) -
 
 
 def _device_is_lost(device: str) -> bool:
-    import torch
+    from benches import timing
 
-    if device != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
+    return timing.device_is_lost(device)
 
 
 if __name__ == "__main__":
