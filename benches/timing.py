@@ -110,7 +110,7 @@ def _flush_buffer() -> torch.Tensor:
 def _recorded(call: Call) -> Call | None:
     """Return the replay of a call, or None where it cannot be recorded."""
     graph = torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream()
+    before, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
@@ -121,6 +121,7 @@ def _recorded(call: Call) -> Call | None:
         with torch.cuda.graph(graph):
             call()
     except RuntimeError:
+        torch.cuda.set_stream(before)  # a recording that fails leaves its own stream behind
         torch.cuda.synchronize()
         return None
     replay: Call = graph.replay

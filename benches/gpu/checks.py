@@ -118,7 +118,7 @@ def _video_shapes(item: str, setting: Setting, dtype: torch.dtype) -> Iterator[C
 
 def _far(item: str, setting: Setting) -> Iterator[tuple[str, str, Make, torch.dtype, tuple[int, ...]]]:
     """Yield arguments, and which of them get a first stride that puts the last entry beyond FAR."""
-    dtype = setting.pick(torch.bfloat16, torch.float32)
+    dtype, rows = setting.pick(torch.bfloat16, torch.float32), setting.pick(1001, 17)
     if item in ("video_attention", "decode_attention"):
         num_new = {"video_attention": 130, "decode_attention": 2}[item] if not setting.tiny else 2
         yield (
@@ -140,10 +140,10 @@ def _far(item: str, setting: Setting) -> Iterator[tuple[str, str, Make, torch.dt
     elif item == "latent_injection":
         yield "batches", item, lambda s: s.latent_injection(3, 64, 5, 2, batch=2), dtype, (0, 5, 6)
     elif item == "rms_norm":
-        yield "rows", item, lambda s: s.rms_norm(1001, 96), dtype, (0,)
-        yield "rows", "add_rms_norm", lambda s: s.add_rms_norm(1001, 96), dtype, (0, 1)
+        yield "rows", item, lambda s: s.rms_norm(rows, 96), dtype, (0,)
+        yield "rows", "add_rms_norm", lambda s: s.add_rms_norm(rows, 96), dtype, (0, 1)
     elif item == "swiglu":
-        yield "rows", item, lambda s: s.swiglu(1001, 96), dtype, (0, 1)
+        yield "rows", item, lambda s: s.swiglu(rows, 96), dtype, (0, 1)
     else:
         yield "frames", item, lambda s: s.patchify(4, 28, 56), dtype, (0,)
 

@@ -17,9 +17,7 @@ QUERIED += ("temperature.gpu", "memory.used", "utilization.gpu")
 
 def run(item: str, setting: Setting, expired: Callable[[], bool], out: Path) -> dict[str, Any]:
     """Return the machine, and its card where it has one."""
-    found: dict[str, Any] = {"host": machine.describe(), "versions": {"torch": torch.__version__}}
-    for name in ("triton", "transformers"):
-        found["versions"][name] = getattr(__import__(name), "__version__", None)
+    found: dict[str, Any] = {"host": machine.describe()}
     if setting.device != "cuda":
         return found
     card = torch.cuda.get_device_properties(0)

@@ -177,6 +177,12 @@ def _answer_targets() -> Iterator[tuple[str, bool, float, Callable[[Found], floa
             raise ZeroDivisionError("latents took no time that could be told from noise")
         return seconds
 
+    yield (
+        "16 frames: relative distance of our first logits from transformers'",
+        False,
+        0.1,
+        lambda f: float(f["answers"]["transformers"]["result"]["relative_error_of_logits"]),
+    )
     for rollout in ("parallel", "recurrent"):
         for engine, end_to_end in (("transformers", 68), ("vlrt", 20)):
             yield (
