@@ -43,10 +43,11 @@ def compilation(
     constexprs: Mapping[str, Any],
     options: Mapping[str, Any],
     pointers: Mapping[str, torch.dtype] | None = None,
-    unaligned: Collection[str] = (),
     descriptors: Mapping[str, tuple[int, int]] | None = None,
 ) -> Compilation:
     """Describe a kernel for `triton.compile`, its arguments typed by their names: `p_` pointers, strides, int sizes.
+
+    16 divides pointers and strides, and nothing is known of sizes.
 
     Args:
         kernel: a `triton.jit` function.
@@ -55,7 +56,6 @@ def compilation(
         constexprs: their values.
         options: for Triton's compiler.
         pointers: dtypes of the pointers that differ.
-        unaligned: strides that 16 does not divide, beside the sizes, of which nothing is known.
         descriptors: block shapes of the arguments that are tensor descriptors.
     """
     of_pointers = {name: dtype for name in kernel.arg_names if name.startswith("p_")} | dict(pointers or {})
@@ -64,7 +64,7 @@ def compilation(
     for name, block in (descriptors or {}).items():
         if name in signature:
             signature[name] = f"tensordesc<{TRITON_TYPES[dtype]}{list(block)}>"
-    aligned = [name for name in runtime if name.startswith(("p_", "stride_")) and name not in unaligned]
+    aligned = [name for name in runtime if name.startswith(("p_", "stride_"))]
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     words = (
         f"{key.lower()}={value}"
