@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.vlrt-setup
 JOBS ?= 2
+PYTHON ?= python3
 
-.PHONY: demo test lint format setup reproduce bench wheel-test clean
+.PHONY: demo test lint format setup reproduce bench gpu wheel-test clean
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -28,6 +29,10 @@ reproduce: setup
 
 bench: setup
 	$(BIN)/python -m benches.bench_stages
+
+# Needs a GPU and a Python that has torch, triton and transformers already; from the source tree, nothing is installed.
+gpu:
+	$(PYTHON) -m benches.gpu
 
 # Builds sdist and wheel, installs the wheel elsewhere, runs the tests of the command line with the sources out of reach.
 wheel-test: setup

@@ -19,7 +19,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benches import machine, material
-from benches.bench_stages import ANSWER_TOKENS, QUESTION, quantiles
+from benches.bench_stages import ANSWER_TOKENS, QUESTION
+from vlrt.quantiles import quantiles
 
 PARTS = ("start", "import", "load", "answer", "total")
 PROGRAM = f"""

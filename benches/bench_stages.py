@@ -24,8 +24,8 @@ from rich.table import Table
 import vlrt
 from benches import machine, material
 from vlrt.answer import peak_host_memory_bytes
-from vlrt.bench import quantiles
 from vlrt.bundle import Bundle
+from vlrt.quantiles import quantiles
 
 STAGES = ("decode", "preprocess", "vision", "prefill", "latents", "answer", "total")
 QUESTION = "What moves first, and which way does it go?"

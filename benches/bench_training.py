@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from benches import machine, material
-from benches.bench_stages import quantiles
 from vlrt.answer import peak_host_memory_bytes
 from vlrt.checkpoint import Checkpoint
 from vlrt.models.decoder import FullAttention
+from vlrt.quantiles import quantiles
 from vlrt.train import rollout
 from vlrt.train.batch import Batch, collate
 from vlrt.train.data import System, VideoQuestions

@@ -13,7 +13,7 @@ from typing import Any
 
 from vlrt import doctor
 
-PACKAGES = ("vlrt", "onnxruntime", "numpy", "av", "torch", "transformers")
+PACKAGES = ("vlrt", "onnxruntime", "numpy", "av", "torch", "triton", "transformers")
 
 
 def describe() -> dict[str, Any]:

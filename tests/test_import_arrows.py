@@ -74,7 +74,8 @@ ARROWS = {
     "train.synthetic": BASE,
     "pretrained": [],
     "aio": [*BASE, "answer", "content", "runtime"],
-    "bench": [*BASE, "answer", "content", "runtime"],
+    "bench": [*BASE, "answer", "content", "quantiles", "runtime"],
+    "quantiles": [],
     "doctor": ["errors", "backends"],
     "cli": [
         *BASE,

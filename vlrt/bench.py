@@ -15,6 +15,7 @@ import numpy as np
 from vlrt.answer import Answer
 from vlrt.content import Source
 from vlrt.errors import ConfigError
+from vlrt.quantiles import quantiles
 from vlrt.runtime import Runtime
 
 QUESTION = "What moves first, and which way does it go?"
@@ -174,17 +175,6 @@ def write_clip(path: Path, *, seconds: int = 40, fps: int = 8, size: int = 224) 
         container.mux(stream.encode())
     partial.rename(path)
     return path
-
-
-def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Return median, p20 and p80."""
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return {
-        "median": statistics.median(ordered),
-        "p20": ordered[round(0.2 * last)],
-        "p80": ordered[round(0.8 * last)],
-    }
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], described: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vlrt import positions
+from vlrt import config, positions
 from vlrt.backends.captured import Captured, LastUsed
 from vlrt.backends.device_cache import DeviceCache, LentAttention, Pool, Storage
 from vlrt.backends.fused_decoder import FusedDecoder
@@ -42,23 +42,55 @@ class TorchBackend:
     """
 
     def __init__(self, bundle: Bundle, device: str = "auto", threads: int | None = None) -> None:
-        self.model = bundle.model
-        self.device = _device(device)
-        self.prefill_chunk, self.vision_chunk = SIZES[self.device.type]
+        where = _device(device)
         if threads is not None:
             torch.set_num_threads(threads)
-        self._dtype = DTYPES[bundle.precision]
-        self._table = self._load_table(bundle, bundle.manifest.embed)
-        self._head = self._table if bundle.manifest.head is None else self._load_table(bundle, bundle.manifest.head)
-        fetch = weights(bundle)
-        self._module = registry.build(self.model)
-        self._queries = None
+        table = _table(bundle, bundle.manifest.embed)
+        head = table if bundle.manifest.head is None else _table(bundle, bundle.manifest.head)
+        self._build(bundle.model, weights(bundle), table, head, bundle.precision, where)
+
+    @classmethod
+    def from_weights(
+        cls, model: config.Model, fetch: Callable[[str], Tensor], precision: str = "bf16", device: str = "auto"
+    ) -> "TorchBackend":
+        """Build a backend without a bundle: for benches, and for weights that are in memory already.
+
+        Args:
+            model: its config.
+            fetch: hands out every tensor of `checkpoint.expected_tensors` by its name, on any device.
+            precision: of DTYPES; with "fp8", `fetch` hands out what `fused_decoder.linear` expects.
+            device: "cpu", "cuda", or "auto".
+
+        Raises:
+            BackendUnavailable: the device is not there.
+        """
+        made = cls.__new__(cls)
+        table = fetch("model.embed_tokens.weight")
+        head = table if model.decoder.tie_word_embeddings else fetch("lm_head.weight")
+        made._build(model, fetch, table, head, precision, _device(device))
+        return made
+
+    def _build(
+        self,
+        model: config.Model,
+        fetch: Callable[[str], Tensor],
+        table: Tensor,
+        head: Tensor,
+        precision: str,
+        device: torch.device,
+    ) -> None:
+        self.model, self.device = model, device
+        self.precision, self._dtype = precision, DTYPES[precision]
+        self.prefill_chunk, self.vision_chunk = SIZES[device.type]
+        self._table = table.to(device, self._dtype)
+        self._head = self._table if head is table else head.to(device, self._dtype)
+        self._module = registry.build(model)
         for name, part in (("visual", self._module.visual), ("latent_injection", self._module.latent_injection)):
             if part is not None:
                 registry.load(part, fetch, prefix=f"{name}.", dtype=self._dtype)
-                part.to(self.device)
-        self._decoder = FusedDecoder(self.model.decoder, fetch, self._dtype, self.device)
-        self._pool = Pool(self.model.decoder, self._dtype, self.device)
+                part.to(device)
+        self._decoder = FusedDecoder(model.decoder, fetch, self._dtype, device)
+        self._pool = Pool(model.decoder, self._dtype, device)
         self._towers = LastUsed(MAX_GRIDS)
         self._recording = threading.Lock()
 
@@ -162,12 +194,6 @@ class TorchBackend:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _load_table(self, bundle: Bundle, table: Table) -> Tensor:
-        bundle.table(table)  # verifies it
-        path, dtype = str(bundle.path / table.file), getattr(torch, table.dtype)
-        mapped = torch.from_file(path, shared=False, size=table.rows * table.columns, dtype=dtype)
-        return mapped.view(table.rows, table.columns).to(self.device, self._dtype)
-
 
 def weights(bundle: Bundle) -> Callable[[str], Tensor]:
     """Return what hands out the weights of a bundle by their Hugging Face names, memory-mapped, as they are stored.
@@ -193,6 +219,14 @@ def weights(bundle: Bundle) -> Callable[[str], Tensor]:
         return tensor
 
     return fetch
+
+
+def _table(bundle: Bundle, table: Table) -> Tensor:
+    """Return a verified table, memory-mapped."""
+    bundle.table(table)  # verifies it
+    path, dtype = str(bundle.path / table.file), getattr(torch, table.dtype)
+    mapped = torch.from_file(path, shared=False, size=table.rows * table.columns, dtype=dtype)
+    return mapped.view(table.rows, table.columns)
 
 
 def unavailable(device: str) -> str | None:
