@@ -167,9 +167,13 @@ def test_an_engine_that_does_not_import_is_a_reason(room: Path, tmp_path: Path) 
     broken = {**os.environ, "PYTHONPATH": str(tmp_path)}
     fails(run("ask", "tiny.vlrt", "clip.mp4", QUESTION, cwd=room, env=broken), "libgomp.so.1")
     done = run("doctor", "--json", cwd=room, env=broken)
+    assert done.returncode == 0, done.stderr  # PyTorch is still there
+    (tmp_path / "torch.py").write_text("raise OSError('libc10.so: cannot open shared object file')")
+    done = run("doctor", "--json", cwd=room, env=broken)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     reasons = {row["name"]: row["reason"] for row in json.loads(done.stdout)["abilities"]}
     assert "libgomp.so.1" in reasons["ort backend, CPU"]
+    assert "libc10.so" in reasons["torch backend, CPU"]
 
 
 def test_init_that_cannot_write_says_so(room: Path) -> None:
