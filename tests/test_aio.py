@@ -10,12 +10,12 @@ import pytest
 import vlrt
 from tests.bundles import QUESTION, QUICK, square
 from vlrt.aio import AsyncRuntime
+from vlrt.answer import Clock
 from vlrt.errors import Busy, ConfigError, Stopped, VideoError
 from vlrt.runtime import Runtime
 
 MODEL = {"overrides": {**QUICK, "decoder.max_positions": 2048}}
 FORCED = {"max_tokens": 6, "min_tokens": 6}
-LONG = {"max_tokens": 1500, "min_tokens": 1500, "reasoning": "direct"}  # takes seconds
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,44 @@ def path(make_bundle):
 
 @pytest.fixture(scope="module")
 def fresh(path):
-    with Runtime.open(path, video_cache_bytes=0) as fresh:
+    with Runtime.open(path, threads=1, video_cache_bytes=0) as fresh:
         yield fresh
+
+
+class Gated:
+    """A runtime that answers once its gate is open, or ends when it is told to."""
+
+    def __init__(self):
+        self.gate, self.begun, self.ended = threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
+        self.is_closed = False
+
+    def ask(self, video, question, *, stop, **options):
+        return "".join(self.stream(video, question, stop=stop, **options))
+
+    def stream(self, video, question, *, stop, timeout_seconds=None):
+        clock = Clock.of(timeout_seconds, stop)
+        self.begun.release()
+        try:
+            yield "a"
+            while not self.gate.wait(0.01):
+                clock.check()
+            yield question
+        finally:
+            self.ended.release()
+
+    def close(self):
+        self.is_closed = True
+
+
+@pytest.fixture
+def gated():
+    runtime = Gated()
+    yield runtime
+    runtime.gate.set()
+
+
+async def has(semaphore):
+    assert await asyncio.to_thread(semaphore.acquire, timeout=60)
 
 
 def test_answers_equal_those_of_ask(path, fresh):
@@ -47,7 +83,7 @@ def test_answers_equal_those_of_ask(path, fresh):
 
 def test_errors_come_through_and_leave_it_usable(path):
     async def main():
-        async with await AsyncRuntime.open(path) as runtime:
+        async with await AsyncRuntime.open(path, threads=1) as runtime:
             with pytest.raises(VideoError):
                 await runtime.ask("none.mp4", QUESTION)
             with pytest.raises(VideoError):
@@ -59,71 +95,83 @@ def test_errors_come_through_and_leave_it_usable(path):
     assert len(asyncio.run(main()).token_ids) == 6
 
 
-def test_what_is_too_much_is_refused_and_what_waits_is_answered(path):
+def test_what_is_too_much_is_refused_and_what_waits_is_answered(gated):
     """Catches a queue without an end, and a place that is not given back."""
 
     async def main():
-        async with await AsyncRuntime.open(path, max_waiting=1) as runtime:
-            held = [asyncio.create_task(runtime.ask(square(), QUESTION, **FORCED)) for _ in range(2)]
-            await asyncio.sleep(0)
+        async with AsyncRuntime(gated, max_waiting=1) as runtime:
+            held = [asyncio.create_task(runtime.ask("v", str(i))) for i in range(2)]
+            await has(gated.begun)
             with pytest.raises(Busy, match="2 questions"):
-                await runtime.ask(square(), QUESTION, **FORCED)
-            await asyncio.gather(*held)
-            return await runtime.ask(square(), QUESTION, **FORCED)
+                await runtime.ask("v", "too much")
+            with pytest.raises(Busy):
+                await anext(runtime.stream("v", "too much"))
+            gated.gate.set()
+            assert await asyncio.gather(*held) == ["a0", "a1"]
+            return await runtime.ask("v", "later")
 
-    assert len(asyncio.run(main()).token_ids) == 6
+    assert asyncio.run(main()) == "alater"
+    assert gated.is_closed
 
 
-def test_a_cancelled_question_ends_in_its_thread_too(path):
+def test_a_cancelled_question_ends_in_its_thread_too(gated):
     """Catches work that goes on for nobody."""
 
     async def main():
-        async with await AsyncRuntime.open(path) as runtime:
-            task = asyncio.create_task(runtime.ask(square(), QUESTION, **LONG))
-            await asyncio.sleep(0.3)
+        async with AsyncRuntime(gated) as runtime:
+            task = asyncio.create_task(runtime.ask("v", "cancelled"))
+            waiting = asyncio.create_task(runtime.ask("v", "waits"))
+            await has(gated.begun)
+            waiting.cancel()
             task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            async for _ in (stream := runtime.stream(square(), QUESTION, **LONG)):
-                break
+            for cancelled in (task, waiting):
+                with pytest.raises(asyncio.CancelledError):
+                    await cancelled
+            await has(gated.ended)
+            stream = runtime.stream("v", "left")
+            assert await anext(stream) == "a"
             await stream.aclose()
-            answer = await runtime.ask(square(), QUESTION, **FORCED)  # one worker: both have ended
-            assert runtime._pending <= 1
-            return answer
+            await has(gated.ended)
+            gated.gate.set()
+            return await runtime.ask("v", "last")
 
-    assert len(asyncio.run(main()).token_ids) == 6
+    assert asyncio.run(main()) == "alast"
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("vlrt")]
 
 
-def test_closing_ends_what_waits_with_a_word(path):
+def test_closing_ends_what_waits_with_a_word(gated):
     """Catches a task that waits forever, or is cancelled as if its owner had wanted it."""
 
     async def main():
-        runtime = await AsyncRuntime.open(path)
-        first = asyncio.create_task(runtime.ask(square(), QUESTION, **FORCED))
-        waiting = asyncio.create_task(runtime.ask(square(), QUESTION, **FORCED))
-        stream = asyncio.create_task(anext(runtime.stream(square(), QUESTION)))
+        runtime = AsyncRuntime(gated)
+        first = asyncio.create_task(runtime.ask("v", "first"))
+        await has(gated.begun)
+        waiting = asyncio.create_task(runtime.ask("v", "waits"))
+        stream = asyncio.create_task(anext(runtime.stream("v", "waits too")))
         await asyncio.sleep(0)
-        await runtime.close()
-        with pytest.raises(Stopped):
-            await waiting
-        with pytest.raises(Stopped):
-            await stream
+        closing = asyncio.create_task(runtime.close())
+        for task in (waiting, stream):
+            with pytest.raises(Stopped):
+                await task
+        gated.gate.set()
+        await closing
         with pytest.raises(ConfigError, match="closed"):
-            await runtime.ask(square(), QUESTION)
+            await runtime.ask("v", "late")
         return await first
 
-    assert len(asyncio.run(main()).token_ids) == 6
+    assert asyncio.run(main()) == "afirst"
 
 
-def test_waiting_counts_towards_the_time_limit(path):
+def test_waiting_counts_towards_the_time_limit(gated):
+    """Catches a limit that begins when a thread is free."""
+
     async def main():
-        async with await AsyncRuntime.open(path) as runtime:
-            first = asyncio.create_task(runtime.ask(square(), QUESTION, timeout_seconds=1.0, **LONG))
-            await asyncio.sleep(0)
+        async with AsyncRuntime(gated) as runtime:
+            first = asyncio.create_task(runtime.ask("v", "first", timeout_seconds=0.3))
+            await has(gated.begun)
             with pytest.raises(Stopped, match="waited longer"):
-                await runtime.ask(square(), QUESTION, timeout_seconds=1e-3)
-            with pytest.raises(Stopped):
+                await runtime.ask("v", "waits", timeout_seconds=1e-3)
+            with pytest.raises(Stopped, match=r"timeout_seconds = 0\.[23]"):
                 await first
 
     asyncio.run(main())
@@ -135,18 +183,19 @@ def test_wrong_settings_are_refused(fresh, wrong):
         AsyncRuntime(fresh, **wrong)
 
 
-def test_an_answer_ends_with_its_time_or_with_its_event(fresh):
+def test_an_answer_ends_with_its_time_or_with_its_event(fresh, monkeypatch):
     """Catches a limit that is looked at once, and a video that is lost with an answer cut short."""
     ref = fresh.ask(square(), QUESTION, **FORCED)
+    long, stop, logits = {"max_tokens": 1000, "min_tokens": 1000}, threading.Event(), fresh._backend.logits
     with fresh.open_video(square()) as clip:
-        start = time.perf_counter()
-        with pytest.raises(Stopped, match=r"timeout_seconds = 0\.3"):
-            clip.ask(QUESTION, timeout_seconds=0.3, **LONG)
-        assert time.perf_counter() - start >= 0.3
-        stop = threading.Event()
-        threading.Timer(0.2, stop.set).start()
-        with pytest.raises(Stopped, match="cancelled"):
-            clip.ask(QUESTION, stop=stop, **LONG)
+        with monkeypatch.context() as patched:
+            patched.setattr(fresh._backend, "logits", lambda hidden: time.sleep(0.05) or logits(hidden))
+            with pytest.raises(Stopped, match=r"timeout_seconds = 0\.3"):
+                clip.ask(QUESTION, timeout_seconds=0.3, **long)
+        with monkeypatch.context() as patched:
+            patched.setattr(fresh._backend, "logits", lambda hidden: stop.set() or logits(hidden))
+            with pytest.raises(Stopped, match="cancelled"):
+                clip.ask(QUESTION, stop=stop, **long)
         out = clip.ask(QUESTION, **FORCED)
         assert out.token_ids == ref.token_ids
         assert out.usage.reused_tokens > 0

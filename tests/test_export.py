@@ -353,7 +353,10 @@ def test_checkpoints_that_cannot_be_exported_are_refused_by_name(
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [({"backend": "tensorrt"}, "'tensorrt'; accepted: ort"), ({"precision": "int4"}, "'int4'; accepted with the backend ort: fp32, int8")],
+    [
+        ({"backend": "tensorrt"}, "'tensorrt'; accepted: ort"),
+        ({"precision": "int4"}, "'int4'; accepted with the backend ort: fp32, int8"),
+    ],
 )
 def test_unknown_settings_are_refused(make_checkpoint, place, how, words):
     """Catches a precision that silently becomes another one."""

@@ -59,7 +59,7 @@ def test_spatial_checkpoints_equal_transformers_generate(make_checkpoint, make_b
     """Catches a greedy search unlike that of `generate`, its bar on early ends included; and a rule that is ignored."""
     asked = f"{QUESTION}\n{prompt.COT_INSTRUCTIONS}" if reasoning == "cot" else QUESTION
     ref = Oracle(make_checkpoint(**SPATIAL), clip, asked, num_frames=8)
-    with Runtime.open(make_bundle(**SPATIAL)) as opened:
+    with Runtime.open(make_bundle(**SPATIAL), video_cache_bytes=0) as opened:  # its model is exchanged below
         out = opened.ask(clip, QUESTION, reasoning=reasoning, num_frames=8, **FORCED)
         assert list(out.token_ids) == ref.generate(max_new_tokens=COUNT, min_new_tokens=COUNT)
         # A model that has learned nothing does not end: let it end on something that it says.
@@ -76,7 +76,7 @@ def test_spatial_checkpoints_equal_transformers_generate(make_checkpoint, make_b
 def test_the_repetition_penalty_is_that_of_transformers_generate(make_checkpoint, make_bundle, clip):
     """Catches a penalty that leaves the prompt out, counts a token twice, or makes negative logits likelier."""
     ref = Oracle(make_checkpoint(**SPATIAL), clip, QUESTION, num_frames=8)
-    with Runtime.open(make_bundle(**SPATIAL)) as opened:
+    with Runtime.open(make_bundle(**SPATIAL), video_cache_bytes=0) as opened:  # its model is exchanged below
         plain = opened.ask(clip, QUESTION, num_frames=8, **FORCED).token_ids
         for penalty in (1.05, 1.3):
             opened.model = replace(opened.model, repetition_penalty=penalty)

@@ -36,7 +36,7 @@ def runtimes(request, make_bundle, make_checkpoint, tmp_path_factory):
     if request.param == "torch":
         out = tmp_path_factory.mktemp("torch") / "b.vlrt"
         path = exporter.export(make_checkpoint(**MODEL).path, out, backend="torch")
-    with Runtime.open(path) as remembers, Runtime.open(path, video_cache_bytes=0) as forgets:
+    with Runtime.open(path, threads=1) as remembers, Runtime.open(path, threads=1, video_cache_bytes=0) as forgets:
         yield remembers, forgets
 
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_opened_or_asked_is_refused(runtimes, clip, tmp_path):
 
 def test_what_is_remembered_keeps_to_its_bytes_and_goes_with_the_runtime(make_bundle, clip):
     """Catches memory that grows with every video, and memory that outlives its runtime."""
-    with Runtime.open(make_bundle(**MODEL), video_cache_bytes=150_000) as opened:
+    with Runtime.open(make_bundle(**MODEL), threads=1, video_cache_bytes=150_000) as opened:
         for number in range(4):
             opened.ask(square(fps=1 + number), QUESTION, **FORCED)
         held = [memory for memory, _ in opened._recent._kept.values()]
