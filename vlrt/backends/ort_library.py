@@ -22,8 +22,9 @@ class Library:
     simd: str
 
 
-def find(directory: Path = DIRECTORY) -> Library | str:
-    """Return the library, or a sentence: why there is none."""
+def find(directory: Path | None = None) -> Library | str:
+    """Return the library of a directory (None: the installed one), or a sentence: why there is none."""
+    directory = directory or DIRECTORY
     path = directory / file_name()
     if not path.is_file():
         return _why_not_built(directory)
