@@ -81,8 +81,8 @@ class BdistWheel(bdist_wheel):
 
     def finalize_options(self):
         """Find out which of the two it is."""
+        self.distribution.has_ext_modules = (built() / LIBRARY).exists  # no Extension: it is no module of Python
         super().finalize_options()
-        self.root_is_pure = not (built() / LIBRARY).exists()
 
     def get_tag(self):
         """Return python, ABI and platform tags."""
