@@ -35,6 +35,7 @@ VISION_HEADS, VISION_DIM, SEGMENT, SEGMENTS = 8, 80, 256, 8  # its tower, eight 
 VIDEO_CASES = ((590, 0), (2134, 0), (512, 1622), (8, 2134), (1, 590), (1, 2134))  # positions, slots before them
 KINDS = ("body", "library")
 SECONDS_PER_SAMPLE = 0.02
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,16 +45,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=num_usable_cores())
     parser.add_argument("--shape", default="small")
     parser.add_argument("--precision", default="int8")
-    parser.add_argument("--frames", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--frames", nargs="*", type=int, default=[16, 64], help="none: kernels alone")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: of this process, for one thread on a machine that is busy"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
+    if args.clock == "cpu" and (args.threads > 1 or args.frames):
+        parser.error("--clock cpu goes with --threads 1 --frames: threads that wait count too, and answers need time")
     library = ort_library.find()
     if isinstance(library, str):
         raise SystemExit(library)
-    peak = _gemm_gflops(args.threads)
+    peak = _gemm_gflops(args)
     kernels = [_video(library, args, peak, *case) for case in VIDEO_CASES]
     kernels.append(_segments(library, args, peak))
-    answers = _answers(args)
+    answers = _answers(args) if args.frames else []
     place = Path(__file__).parent / "results" / machine.describe()["name"] / "ort_library.json"
     out = machine.write_result(
         "ort_attention",
@@ -62,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         simd=library.simd,
         threads=args.threads,
         rounds=args.rounds,
+        clock=args.clock,
         gemm_gflops=peak,
         kernels=kernels,
         answers=answers,
@@ -155,7 +162,7 @@ def _compare(
         results[kind] = outputs["out"].copy()
     scale = np.abs(results["body"]).max()
     assert np.abs(results["body"] - results["library"]).max() < 1e-4 * scale, "the two differ"
-    seconds = _in_turn(calls, args.rounds)
+    seconds = _in_turn(calls, args.rounds, CLOCKS[args.clock])
     medians = {kind: seconds[kind]["median"] for kind in KINDS}
     return {
         "flops": flops,
@@ -175,38 +182,40 @@ def _bound(session: Any, feeds: dict[str, Any], outputs: dict[str, Any]) -> Call
     return lambda: session.run_with_iobinding(binding)
 
 
-def _in_turn(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, float]]:
+def _in_turn(
+    calls: dict[str, Callable[[], None]], rounds: int, now: Callable[[], float]
+) -> dict[str, dict[str, float]]:
     """Return quantiles of the seconds of each call; short ones are repeated within a sample."""
     repeats = {}
     for kind, call in calls.items():
-        start = time.perf_counter()
+        start = now()
         call()
-        repeats[kind] = max(1, round(SECONDS_PER_SAMPLE / (time.perf_counter() - start)))
+        repeats[kind] = max(1, round(SECONDS_PER_SAMPLE / (now() - start)))
     samples: dict[str, list[float]] = {kind: [] for kind in calls}
     for _ in range(rounds):
         for kind, call in calls.items():
-            start = time.perf_counter()
+            start = now()
             for _ in range(repeats[kind]):
                 call()
-            samples[kind].append((time.perf_counter() - start) / repeats[kind])
+            samples[kind].append((now() - start) / repeats[kind])
     return {kind: quantiles(found) for kind, found in samples.items()}
 
 
-def _gemm_gflops(threads: int, size: int = 1024, rounds: int = 9) -> float:
+def _gemm_gflops(args: argparse.Namespace, size: int = 1024, rounds: int = 9) -> float:
     """Return what fp32 MatMul of the engine reaches here: the ceiling that attention is held against."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in "abc"]
     graph = helper.make_graph([helper.make_node("MatMul", ["a", "b"], ["c"])], "gemm", values[:2], values[2:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = args.threads
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(0)
     feeds = {name: rng.standard_normal((size, size), np.float32) for name in "ab"}
-    samples = []
+    samples, now = [], CLOCKS[args.clock]
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = now()
         session.run(None, feeds)
-        samples.append(time.perf_counter() - start)
+        samples.append(now() - start)
     return 2 * size**3 / statistics.median(samples) / 1e9
 
 
