@@ -148,6 +148,7 @@ def test_a_long_cache_is_divided_among_tasks(library, level, num_new):
         ([0, 63, 63, 64, 187], 2, 64),
         ([0, 7, 777], 3, 128),
         ([0, 123], 2, 20),
+        ([0, 5, 1099, 1100], 2, 16),
     ],
 )
 def test_segment_attention_is_the_reference(library, level, bounds, heads, dim):

@@ -62,6 +62,7 @@ class Context {
   // On ONNX Runtime's own threads, one call at a time: the work of two calls may differ by much.
   Parallel parallel() const {
     return [this](std::size_t count, const std::function<void(std::size_t)>& body) {
+      if (count == 0) return;
       if (count == 1) return body(0);
       auto call = [](void* data, std::size_t index) {
         (*static_cast<const std::function<void(std::size_t)>*>(data))(index);

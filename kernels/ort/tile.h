@@ -21,7 +21,8 @@ struct Tile {
   int num_rows;
   int head_dim;
   const float* keys;    // [last, D], rotated
-  const float* values;  // [last, D]
+  const float* values;  // [last, D], rows value_stride apart
+  std::int64_t value_stride;
   std::int64_t first;
   std::int64_t last;
   float* const* out;  // rows [D]

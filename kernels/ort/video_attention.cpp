@@ -71,7 +71,8 @@ void attend(const VideoAttention& op, const Level& level, const Plan& plan, std:
   float* maximum = plan.parts == 1 ? nullptr : partial.maximum + task * kMaxRows;
   float* sum = plan.parts == 1 ? nullptr : partial.sum + task * kMaxRows;
   level.attend({q, cos, sin, limit, static_cast<int>(num_rows), static_cast<int>(dim), op.k_cache + offset,
-                op.v_cache + offset, length * part / plan.parts, length * (part + 1) / plan.parts, out, maximum, sum});
+                op.v_cache + offset, dim, length * part / plan.parts, length * (part + 1) / plan.parts, out, maximum,
+                sum});
 }
 
 void merge(const VideoAttention& op, const Plan& plan, const Partial& partial, std::int64_t tile) {
