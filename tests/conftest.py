@@ -10,6 +10,11 @@ from vlrt import fresh
 from vlrt.checkpoint import Checkpoint
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a machine that should have the C++ library say so."""
+    parser.addoption("--require-ort-library", action="store_true", help="fail where libvlrt_ort cannot be built")
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
     """Write and open a fresh checkpoint, by the arguments of `fresh.write_checkpoint`; equal ones share a directory."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import vlrt
-from vlrt.backends import select
+from vlrt.backends import ort_library, select
 
 RUNTIME_PACKAGES = ("numpy", "onnxruntime", "tokenizers", "av", "pillow", "jinja2", "rich")
 EXPORT_PACKAGES = ("torch", "safetensors", "onnx", "onnx_ir", "onnxscript")
@@ -58,6 +58,7 @@ def abilities() -> list[Ability]:
     torch = select.unavailable("torch")
     return [
         _ort(),
+        _ort_library(),
         exact_int8(platform.machine(), _cpu()["features"]),
         Ability("torch backend, CPU", torch is None, torch or f"torch {_version('torch')}"),
         _torch_cuda(torch),
@@ -70,6 +71,13 @@ def abilities() -> list[Ability]:
 def _ort() -> Ability:
     reason = select.unavailable("ort")
     return Ability("ort backend, CPU", reason is None, reason or f"onnxruntime {_version('onnxruntime')}")
+
+
+def _ort_library() -> Ability:
+    found = ort_library.find()
+    if isinstance(found, str):
+        return Ability("libvlrt_ort", False, found)
+    return Ability("libvlrt_ort", True, f"attention with {found.simd}")
 
 
 def _torch_cuda(reason: str | None) -> Ability:

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from vlrt import config, names, positions
+from vlrt.backends import ort_library
 from vlrt.backends.base import Floats, Ids
 from vlrt.bundle import Bundle, Table, widen
 from vlrt.errors import BackendUnavailable, BundleError
@@ -39,6 +40,10 @@ class OrtBackend:
     Args:
         bundle: an opened bundle; every file that is loaded is verified first.
         threads: threads of one graph run; None: one per core that this process may use.
+        library: whether to take kernels of `libvlrt_ort` where it is there; else the bodies that the bundle holds.
+
+    Attributes:
+        kernels: what runs our ops: "libvlrt_ort, avx512" by its SIMD level, or why it is the bodies of the bundle.
 
     Raises:
         BundleError: a file is damaged, or a graph does not load or breaks the contract of names.py.
@@ -46,8 +51,10 @@ class OrtBackend:
 
     prefill_chunk, vision_chunk = 512, 4096
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, *, library: bool = True) -> None:
         self.model = bundle.model
+        self._library = _usable_library(bundle.model) if library else "it was not asked for"
+        before = self._num_kernels()
         self.threads = threads or num_usable_cores()
         manifest = bundle.manifest
         self._embed = bundle.table(manifest.embed)
@@ -65,6 +72,7 @@ class OrtBackend:
             self._latent = self._load(bundle, names.latent(looks_at_video=self._looks_at_video))
         if self._looks_at_video:
             self._latent_memory = self._load(bundle, names.LATENT_MEMORY)
+        self.kernels = self._name_kernels(self._num_kernels() - before)
 
     def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Floats:
         """See `base.Backend`."""
@@ -185,11 +193,23 @@ class OrtBackend:
         options.add_session_config_entry(*EXACT_INT8)
         options.log_severity_level = 4  # errors are raised; warnings about fusions are no concern of the caller
         try:
+            if isinstance(self._library, ort_library.Library):
+                options.register_custom_ops_library(str(self._library.path))
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class of its own per status code, all below Exception
             raise BundleError(f"{path} does not load in onnxruntime {ort.__version__}: {error}") from error
         _check_contract(path, session, graph, config.dimensions(self.model))
         return session
+
+    def _num_kernels(self) -> int:
+        return ort_library.num_kernels(self._library) if isinstance(self._library, ort_library.Library) else 0
+
+    def _name_kernels(self, num_kernels: int) -> str:
+        if not isinstance(self._library, ort_library.Library):
+            return f"bodies of the bundle: {self._library}"
+        if not num_kernels:  # which it may, and then the answers are the same
+            return f"bodies of the bundle: onnxruntime {ort.__version__} prefers them to libvlrt_ort"
+        return f"libvlrt_ort, {self._library.simd}"
 
     @staticmethod
     def _read(bundle: Bundle, table: Table | None) -> Floats | None:
@@ -211,6 +231,14 @@ def _running(graph: str) -> Iterator[None]:
 def num_usable_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _usable_library(model: config.Model) -> ort_library.Library | str:
+    """Return the library, or why it cannot run this model."""
+    head_dim = max(model.decoder.head_dim, model.vision.head_dim)
+    if head_dim > ort_library.MAX_HEAD_DIM:
+        return f"libvlrt_ort takes head dims up to {ort_library.MAX_HEAD_DIM}, this model has {head_dim}"
+    return ort_library.find()
 
 
 def _weight_files(bundle: Bundle, graph: str) -> list[str]:

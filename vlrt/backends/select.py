@@ -11,8 +11,12 @@ BACKENDS = ("ort", "torch")
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def load(bundle: Bundle, backend: str = "auto", device: str = "auto", threads: int | None = None) -> Backend:
+def load(
+    bundle: Bundle, backend: str = "auto", device: str = "auto", threads: int | None = None, *, library: bool = True
+) -> Backend:
     """Load a bundle into the backend of that name; "auto" takes the one that the bundle was written for.
+
+    `library`: whether the ort backend may take kernels of `libvlrt_ort`.
 
     Raises:
         ConfigError: there is no such backend or device.
@@ -38,7 +42,7 @@ def load(bundle: Bundle, backend: str = "auto", device: str = "auto", threads: i
         raise BackendUnavailable("backend ort runs on the CPU alone; accepted: device 'cpu', or a bundle for torch")
     from vlrt.backends.ort import OrtBackend
 
-    return OrtBackend(bundle, threads)
+    return OrtBackend(bundle, threads, library=library)
 
 
 def unavailable(backend: str) -> str | None:

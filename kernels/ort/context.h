@@ -1,0 +1,100 @@
+// What an op may ask of ONNX Runtime while it runs, through the C API. Throws; library.cpp catches.
+#pragma once
+
+#include <onnxruntime_c_api.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "attention.h"
+
+namespace vlrt {
+
+extern const OrtApi* api;  // set once, before any op is made
+
+inline void check(OrtStatus* status) {
+  if (status == nullptr) return;
+  const std::string message = api->GetErrorMessage(status);
+  api->ReleaseStatus(status);
+  throw std::runtime_error(message);
+}
+
+// What an op may ask of the run that it is part of.
+class Context {
+ public:
+  explicit Context(OrtKernelContext* context) : context_(context) {}
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+  ~Context() {
+    for (void* memory : scratch_) api->ReleaseStatus(api->AllocatorFree(allocator_, memory));
+    if (allocator_ != nullptr) api->ReleaseAllocator(allocator_);
+  }
+
+  template <typename T>
+  const T* input(std::size_t index, std::vector<std::int64_t>* shape = nullptr) const {
+    const OrtValue* value = nullptr;
+    check(api->KernelContext_GetInput(context_, index, &value));
+    if (shape != nullptr) {
+      OrtTensorTypeAndShapeInfo* info = nullptr;
+      check(api->GetTensorTypeAndShape(value, &info));
+      std::size_t rank = 0;
+      OrtStatus* status = api->GetDimensionsCount(info, &rank);
+      shape->resize(status == nullptr ? rank : 0);
+      if (status == nullptr) status = api->GetDimensions(info, shape->data(), rank);
+      api->ReleaseTensorTypeAndShapeInfo(info);
+      check(status);
+    }
+    void* data = nullptr;
+    check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // 1.17 has no other way to read
+    return static_cast<const T*>(data);
+  }
+
+  float* output(std::size_t index, const std::vector<std::int64_t>& shape) const {
+    OrtValue* value = nullptr;
+    check(api->KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
+    void* data = nullptr;
+    check(api->GetTensorMutableData(value, &data));
+    return static_cast<float*>(data);
+  }
+
+  // On ONNX Runtime's own threads, one call at a time: the work of two calls may differ by much.
+  Parallel parallel() const {
+    return [this](std::size_t count, const std::function<void(std::size_t)>& body) {
+      if (count == 0) return;
+      if (count == 1) return body(0);
+      auto call = [](void* data, std::size_t index) {
+        (*static_cast<const std::function<void(std::size_t)>*>(data))(index);
+      };
+      check(api->KernelContext_ParallelFor(context_, call, count, count,
+                                           const_cast<void*>(static_cast<const void*>(&body))));
+    };
+  }
+
+  Scratch scratch() {
+    return [this](std::size_t count) {
+      if (allocator_ == nullptr) {
+        OrtMemoryInfo* info = nullptr;
+        check(api->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &info));
+        OrtStatus* status = api->KernelContext_GetAllocator(context_, info, &allocator_);
+        api->ReleaseMemoryInfo(info);
+        check(status);
+      }
+      scratch_.push_back(nullptr);
+      check(api->AllocatorAlloc(allocator_, count * sizeof(float), &scratch_.back()));
+      return static_cast<float*>(scratch_.back());
+    };
+  }
+
+ private:
+  OrtKernelContext* context_;
+  OrtAllocator* allocator_ = nullptr;
+  std::vector<void*> scratch_;
+};
+
+// The ops: inputs are checked, then computed on.
+void run_video_attention(const Level& level, OrtKernelContext* context);
+void run_segment_attention(const Level& level, OrtKernelContext* context);
+
+}  // namespace vlrt

@@ -1,0 +1,52 @@
+// One tile of attention: a few query rows against a range of keys of one head. Each SIMD level has its own.
+//
+// Only plain types cross this interface: a level is compiled with flags of its own, and an inline function of a
+// standard header that was compiled with them could be the one that the linker keeps for everybody.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace vlrt {
+
+constexpr int kMaxHeadDim = 256;
+
+// Query rows [num_rows] and the keys first .. last of one head. Pointers to rows, because a tile mixes positions and
+// heads.
+struct Tile {
+  const float* const* q;    // rows [D], not yet rotated
+  const float* const* cos;  // rows [D/2]
+  const float* const* sin;
+  const std::int64_t* limit;  // keys from this one on are hidden from the row; never decreases from row to row
+  int num_rows;
+  int head_dim;
+  const float* keys;    // [last, D], rotated
+  const float* values;  // [last, D], rows value_stride apart
+  std::int64_t value_stride;
+  std::int64_t first;
+  std::int64_t last;
+  float* const* out;  // rows [D]
+  float* maximum;     // [num_rows], with `sum` for merging parts of one row; null: `out` is normalised
+  float* sum;
+};
+
+struct Level {
+  const char* name;
+  int lanes;  // rows of a vector
+  int rows;   // of the largest tile
+  void (*attend)(const Tile& tile);
+  // out [D] = x [D] turned by the row cos, sin [D/2].
+  void (*rotate)(const float* x, const float* cos, const float* sin, int head_dim, float* out);
+  void (*exp2)(const float* x, float* out, std::size_t count);
+};
+
+extern const Level kPlain;
+#if defined(__x86_64__)
+extern const Level kAvx2;
+extern const Level kAvx512;
+#endif
+
+// Returns the level of that name, or the best one for null or "auto"; null where this processor does not have it.
+const Level* find_level(const char* name);
+
+}  // namespace vlrt

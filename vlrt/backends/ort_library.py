@@ -1,0 +1,57 @@
+"""Finds `libvlrt_ort`, our kernels for ONNX Runtime's CPU provider, and says why there are none.
+
+The library is optional: bundles hold the bodies of the ops that it has kernels for, and ONNX Runtime takes a kernel of
+a function's name in place of its body. Knows files and the library's C functions; no graphs. Sources: kernels/ort/.
+"""
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+DIRECTORY = Path(__file__).parent.parent / "kernels" / "ort"
+SIMD = "vlrt.simd"  # session config entry: a level that the processor has, or "auto"
+MAX_HEAD_DIM = 256  # tile.h: kMaxHeadDim
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that loads here, and the SIMD level that it takes on this processor."""
+
+    path: Path
+    simd: str
+
+
+def find(directory: Path | None = None) -> Library | str:
+    """Return the library of a directory (None: the installed one), or a sentence: why there is none."""
+    directory = directory or DIRECTORY
+    path = directory / file_name()
+    if not path.is_file():
+        return _why_not_built(directory)
+    try:
+        loaded = ctypes.CDLL(str(path))
+        loaded.vlrt_simd.restype = ctypes.c_char_p
+        return Library(path, loaded.vlrt_simd().decode())
+    except (OSError, AttributeError) as error:  # built for another system, or cut short
+        return f"{path} does not load here ({error}); build it again: pip install --force-reinstall vlrt"
+
+
+def num_kernels(library: Library) -> int:
+    """Return how many kernels of the library the sessions of this process have made so far."""
+    count = ctypes.CDLL(str(library.path)).vlrt_num_kernels
+    count.restype = ctypes.c_int64
+    return int(count())
+
+
+def file_name() -> str:
+    """Return the library's name on this system."""
+    return "libvlrt_ort" + {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+
+
+def _why_not_built(directory: Path) -> str:
+    """Return the reason that the installation left beside the sources, or else what an installation would need."""
+    try:
+        reason = (directory / "not_built.txt").read_text(encoding="utf-8").strip()
+    except OSError:
+        reason = "it was not built"
+    return f"{reason}; without it attention takes longer. docs/design.md says how to build it"
