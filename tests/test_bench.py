@@ -59,6 +59,13 @@ def test_a_model_without_latents_is_timed_without_ratios(make_bundle):
     assert "| chain of 2 |" in bench.markdown(found.to_dict(), {"machine": "this"})
 
 
+def test_a_short_clip_is_sampled_as_the_bundle_does(make_bundle):
+    """Catches 16 frames asked of a clip that has fewer."""
+    with Runtime.open(make_bundle(**MODEL), threads=1, video_cache_bytes=0) as runtime:
+        found = bench.run(runtime, square(count=6), bench.Plan(None, (2,), 1, 1))
+    assert {row["usage"]["num_frames"] for row in found.to_dict()} == {6}
+
+
 def test_quantiles():
     assert quantiles([5, 1, 4, 2, 3]) == {"median": 3, "p20": 2, "p80": 4}
 
@@ -72,7 +79,7 @@ def test_what_cannot_be_measured_is_refused(wrong):
 def test_the_command_writes_a_report(make_bundle, tmp_path):
     """Catches a command that no longer fits the bench, and a report without its numbers."""
     command = [sys.executable, "-m", "vlrt", "bench", str(make_bundle(**MODEL)), "--rounds", "1"]
-    command += ["--num-frames", "2", "--cot-tokens", "4", "-o", str(tmp_path / "out")]
+    command += ["--num-frames", "2", "--threads", "1", "--cot-tokens", "4", "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (tmp_path / "out" / "report.md").read_text() + "\n"

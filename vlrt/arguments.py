@@ -144,7 +144,12 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
         bundle={"metavar": "BUNDLE", "help": "a directory that `vlrt export` wrote"},
         video={"nargs": "?", "metavar": "VIDEO", "help": "a video file (default: 40 seconds that are made for it)"},
     )
-    sub.add_argument("--num-frames", type=count, default=16, metavar="N", help="sampled of the video (default: 16)")
+    sub.add_argument(
+        "--num-frames",
+        type=count,
+        metavar="N",
+        help="sampled of the video (default: as the bundle does; of a made one 16)",
+    )
     sub.add_argument("--rounds", type=count, default=5, metavar="N", help="of questions in turn (default: 5)")
     sub.add_argument(
         "--cot-tokens", type=count, nargs="+", default=[384], metavar="N", help="lengths of chains (default: 384)"

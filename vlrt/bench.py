@@ -40,14 +40,14 @@ class Plan:
     """What is measured.
 
     Attributes:
-        num_frames: of the video.
+        num_frames: of the video; None: as the bundle samples it.
         chain_tokens: lengths of the written chains.
         answer_tokens: of every answer.
         rounds: that are counted; one more warms up.
         chain_rounds: of those, in how many chains are written too: they take long.
     """
 
-    num_frames: int = 16
+    num_frames: int | None = 16
     chain_tokens: Sequence[int] = (384,)
     answer_tokens: int = 4
     rounds: int = 5
@@ -55,7 +55,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
-        numbers = (self.num_frames, self.answer_tokens, self.rounds, self.chain_rounds, *self.chain_tokens)
+        numbers = (
+            1 if self.num_frames is None else self.num_frames,
+            self.answer_tokens,
+            self.rounds,
+            self.chain_rounds,
+            *self.chain_tokens,
+        )
         if not all(isinstance(number, int) and number >= 1 for number in numbers) or self.chain_rounds > self.rounds:
             raise ConfigError(f"{self} cannot be measured; accepted: whole numbers from 1, chain_rounds up to rounds")
 

@@ -379,14 +379,17 @@ def bench(args: argparse.Namespace) -> None:
     from vlrt.doctor import survey
 
     plan = benching.Plan(
-        args.num_frames, tuple(args.cot_tokens), rounds=args.rounds, chain_rounds=min(args.cot_rounds, args.rounds)
+        args.num_frames or (None if args.video else 16),
+        tuple(args.cot_tokens),
+        rounds=args.rounds,
+        chain_rounds=min(args.cot_rounds, args.rounds),
     )
     bundle, machine = Bundle.open(args.bundle), survey()
     described = {
         "bundle": f"{bundle.manifest.checkpoint}, {bundle.backend}, {bundle.precision}",
         "processor": f"{machine['cpu']['model']}, {machine['cpu']['usable_cores']} cores",
         "versions": ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version),
-        "video": f"{args.video or 'made for this'}, {plan.num_frames} frames, rounds: {plan.rounds}",
+        "video": f"{args.video or 'made for this'}, rounds: {plan.rounds}",
     }
     console = Console(stderr=True)
     with (
@@ -401,6 +404,7 @@ def bench(args: argparse.Namespace) -> None:
         rows = benching.run(
             runtime, video, plan, progress=lambda *now: progress.update(task, **dict(zip(SHOWN, now, strict=True)))
         ).to_dict()
+    described["frames"] = str(rows[0]["usage"]["num_frames"])
     if args.output is not None:
         _write_report(args.output, benching.markdown(rows, described), {"machine": machine, "rows": rows})
     if args.json:
