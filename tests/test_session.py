@@ -1,6 +1,7 @@
 """Videos that stay open: answers equal those of a fresh question in every order, and nothing outlives its use."""
 
 import gc
+import os
 import shutil
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -183,6 +184,23 @@ def test_recent_drops_what_was_used_longest_ago():
         recent.put("a", a)
     recent.put("b", b)
     assert recent.take("a") is a
+
+
+def test_large_files_are_not_read_whole_and_still_told_apart(tmp_path, monkeypatch):
+    """Catches seconds of hashing before a long video, and one that was changed in its middle."""
+    monkeypatch.setattr("vlrt.content.WHOLE_BYTES", 3 * 2**20)
+    large = tmp_path / "large.mp4"
+    large.write_bytes(bytes(4 * 2**20))
+    first = content_key(large, 4, None)
+    assert content_key(large, 4, None) == first
+    with large.open("r+b") as file:
+        file.seek(2 * 2**20)
+        file.write(b"changed")
+    os.utime(large, ns=(0, 1))
+    assert content_key(large, 4, None) != first
+    small = tmp_path / "small.mp4"
+    small.write_bytes(bytes(2**20))
+    assert content_key(small, 4, None) == content_key(shutil.copy(small, tmp_path / "copy.mp4"), 4, None)
 
 
 def test_contents_are_named_by_what_is_in_them(clip, tmp_path):

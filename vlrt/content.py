@@ -1,5 +1,7 @@
 """What a video source is, and a name for what is in it: equal contents, sampled alike, have equal names.
 
+A copy of a file beyond WHOLE_BYTES has another name, if it was written at another time.
+
 Knows files and arrays, not how they are decoded.
 """
 
@@ -9,6 +11,9 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from vlrt.video import Frames
+
+WHOLE_BYTES = 64 * 1024**2  # files up to here are hashed whole, which takes some 50 ms
+END_BYTES = 1024**2
 
 Source = str | os.PathLike[str] | bytes | Sequence[str | os.PathLike[str]] | Frames
 
@@ -37,6 +42,13 @@ def content_key(source: Source, num_frames: int | None, fps: float | None) -> Ha
     return (type(source).__name__, digest.digest(), num_frames, fps)
 
 
-def _of_file(path: str | os.PathLike[str]) -> bytes:
+def _of_file(path: str | os.PathLike[str]) -> Hashable:
+    """Return the hash of a file; of a large one that of both ends, with its size and the time it was written."""
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        status = os.fstat(file.fileno())
+        if status.st_size <= WHOLE_BYTES:
+            return hashlib.file_digest(file, "sha256").digest()
+        digest = hashlib.sha256(file.read(END_BYTES))
+        file.seek(-END_BYTES, os.SEEK_END)
+        digest.update(file.read(END_BYTES))
+        return (digest.digest(), status.st_size, status.st_mtime_ns)
