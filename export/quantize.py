@@ -62,7 +62,7 @@ def quantize_columns(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
     """Quantise a weight [out, in] per output channel; return int8 [in, out] and scales [out], `q * scale ~ weight`."""
     weight = _matrix(weight)
     scale = np.abs(weight).max(axis=1) / np.float32(INT8_MAX)
-    safe = np.where(scale > 0, scale, 1).astype(np.float32)
+    safe = np.where(scale > np.finfo(np.float32).tiny, scale, 1).astype(np.float32)  # below, division is too coarse
     q = np.rint(weight / safe[:, None]).astype(np.int8)
     return np.ascontiguousarray(q.T), safe
 

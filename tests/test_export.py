@@ -7,6 +7,7 @@ pairs of rollout and injection. Not covered: the published checkpoints themselve
 import errno
 import json
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -20,12 +21,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tests.bundles import QUESTION, QUICK, plain_vision, square, torch_runtime
-from vlrt import names
+from vlrt import names, processor
 from vlrt.backends.ort import EXACT_INT8, OrtBackend
 from vlrt.backends.reference import ReferenceBackend
 from vlrt.bundle import MANIFEST, Bundle
@@ -204,6 +205,7 @@ weights = st.tuples(st.integers(1, 9), st.integers(1, 17)).flatmap(
 
 
 @settings(max_examples=200, deadline=None)
+@example(np.array([[4.348e-42, -1e-42]], np.float32))  # whose step is too coarse a number to divide by
 @given(weights)
 def test_quantised_columns_are_within_half_a_step(weight):
     """Catches scales of the wrong axis, rounding that drifts, -128, and a division by the maximum of a zero row."""
@@ -218,7 +220,7 @@ def test_quantised_columns_are_within_half_a_step(weight):
 
 
 def run_linear(tmp_path: Path, precision: str, x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Run one lowered `vlrt::Linear` in ONNX Runtime."""
+    """Run one lowered `vlrt::Linear` in ONNX Runtime, with the settings of the backend on this processor."""
     kind = ir.TensorType(ir.DataType.FLOAT)
     given = ir.Value(name="x", shape=ir.Shape(["S", x.shape[1]]), type=kind)
     stored = {"w": weight, "b": bias}
@@ -232,7 +234,8 @@ def run_linear(tmp_path: Path, precision: str, x: np.ndarray, weight: np.ndarray
     recipes = quantize.lower_linears(model, precision)
     write_graph(model, tmp_path, recipes, stored.__getitem__, lambda num_bytes: None)
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry(*EXACT_INT8)
+    if processor.may_saturate(platform.machine(), processor.describe()["features"]):
+        options.add_session_config_entry(*EXACT_INT8)
     session = onnxruntime.InferenceSession(tmp_path / "linear.onnx", options, providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x})[0]
 

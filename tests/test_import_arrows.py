@@ -38,7 +38,7 @@ ARROWS = {
     "kernels": [],
     "ops": ["kernels"],
     "models": [*BASE, "ops", "latent"],
-    "backends": [*BASE, "bundle", "names", "kv_cache", "positions"],
+    "backends": [*BASE, "bundle", "names", "kv_cache", "positions", "processor"],
     "backends.reference": [*BASE, "kv_cache", "positions", "checkpoint", "models"],
     "backends.torch": [*BASE, "bundle", "kv_cache", "positions", "models"],
     "backends.fused_decoder": [*BASE, "models", "ops"],
@@ -76,7 +76,8 @@ ARROWS = {
     "aio": [*BASE, "answer", "content", "runtime"],
     "bench": [*BASE, "answer", "content", "quantiles", "runtime"],
     "quantiles": [],
-    "doctor": ["errors", "backends"],
+    "processor": [],
+    "doctor": ["errors", "backends", "processor"],
     "cli": [
         *BASE,
         "arguments",

@@ -100,8 +100,29 @@ def test_links_of_a_checkout_are_relative_and_lead_to_the_top_level(name: str) -
 )
 def test_the_doctor_tells_where_int8_is_slow(architecture, features, slow):
     """Catches an old laptop on which int8 bundles disappoint, without a word."""
-    from vlrt import doctor
+    from vlrt import doctor, processor
 
     found = doctor.exact_int8(architecture, features)
     assert found.available
+    assert processor.may_saturate(architecture, features) == slow
     assert ("slower" in found.reason) == slow
+
+
+def test_kernels_that_do_not_saturate_are_taken_where_others_may(make_bundle, monkeypatch):
+    """Catches the slow kernels on processors that need none: with VNNI they took int8 five times as long."""
+    import onnxruntime
+
+    from vlrt import processor
+    from vlrt.runtime import Runtime
+
+    entries, add = [], onnxruntime.SessionOptions.add_session_config_entry
+    monkeypatch.setattr(
+        onnxruntime.SessionOptions,
+        "add_session_config_entry",
+        lambda options, *entry: entries.append(entry) or add(options, *entry),
+    )
+    for saturates in (True, False):
+        monkeypatch.setattr(processor, "may_saturate", lambda *_, saturates=saturates: saturates)
+        entries.clear()
+        Runtime.open(make_bundle(), threads=1).close()
+        assert (("session.x64quantprecision", "1") in entries) == saturates

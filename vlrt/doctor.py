@@ -4,25 +4,18 @@ Looks and reports; it opens no model and changes nothing. A backend that cannot 
 """
 
 import importlib.metadata
-import os
 import platform
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import vlrt
+from vlrt import processor
 from vlrt.backends import ort_library, select
 
 RUNTIME_PACKAGES = ("numpy", "onnxruntime", "tokenizers", "av", "pillow", "jinja2", "rich")
 EXPORT_PACKAGES = ("torch", "safetensors", "onnx", "onnx_ir", "onnxscript")
 EXTRAS = {"export": EXPORT_PACKAGES, "train": ("torch", "safetensors", "accelerate", "peft", "yaml", "tensorboard")}
-
-# Features as /proc/cpuinfo spells them, that decide how fast a bundle answers; the first row is x86, the second Arm.
-CPU_FEATURES = (
-    *("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
-    *("asimddp", "i8mm", "bf16", "sve"),
-)
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ def survey() -> dict[str, Any]:
         "platform": platform.platform(),
         "abilities": [asdict(ability) for ability in abilities()],
         "versions": {name: _version(name) for name in (*RUNTIME_PACKAGES, *EXPORT_PACKAGES)},
-        "cpu": _cpu(),
+        "cpu": processor.describe(),
         "memory_bytes": _memory(),
     }
 
@@ -59,7 +52,7 @@ def abilities() -> list[Ability]:
     return [
         _ort(),
         _ort_library(),
-        exact_int8(platform.machine(), _cpu()["features"]),
+        exact_int8(platform.machine(), processor.describe()["features"]),
         Ability("torch backend, CPU", torch is None, torch or f"torch {_version('torch')}"),
         _torch_cuda(torch),
         Ability("ort backend, CUDA", False, cuda),
@@ -103,9 +96,9 @@ def exact_int8(architecture: str, features: list[str] | None) -> Ability:
     if architecture.lower() not in ("x86_64", "amd64"):
         return Ability(name, True, f"{architecture} adds products in 32 bits")
     if features is None:
-        return Ability(name, True, "this system does not tell whether there is VNNI; without it int8 is slower")
-    if found := {"avx512_vnni", "avx_vnni"} & set(features):
-        return Ability(name, True, f"with {min(found)}")
+        return Ability(name, True, "this system does not tell whether there is VNNI; the slower kernels are taken")
+    if not processor.may_saturate(architecture, features):
+        return Ability(name, True, f"with {min(processor.VNNI & set(features))}")
     return Ability(name, True, "this processor has no VNNI: products are widened to 16 bits first, which is slower")
 
 
@@ -121,19 +114,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu() -> dict[str, Any]:
-    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else None
-    model, features = platform.processor() or None, None
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        rows = [line.partition(":") for line in info.read_text(errors="replace").splitlines()]
-        first = {key.strip().lower(): value.strip() for key, _, value in reversed(rows)}
-        model = first.get("model name", model)
-        flags = set(first.get("flags", first.get("features", "")).split())
-        features = [name for name in CPU_FEATURES if name in flags]
-    return {"model": model, "cores": os.cpu_count(), "usable_cores": usable, "features": features}
 
 
 def _memory() -> dict[str, int | None]:

@@ -6,6 +6,7 @@ names.py and tables by the manifest; no video, no text.
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from vlrt import config, names, positions
+from vlrt import config, names, positions, processor
 from vlrt.backends import ort_library
 from vlrt.backends.base import Floats, Ids
 from vlrt.bundle import Bundle, Table, widen
@@ -22,7 +23,7 @@ from vlrt.errors import BackendUnavailable, BundleError
 from vlrt.kv_cache import KVCache
 
 # Without VNNI, x86 adds pairs of products of unsigned and signed bytes in 16 bits, and saturates. This has ONNX Runtime
-# take kernels there that do not; elsewhere it changes nothing.
+# take kernels that do not; where there is VNNI it would take them too, and they are several times slower.
 EXACT_INT8 = ("session.x64quantprecision", "1")
 
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(int64)": "int64"}
@@ -190,7 +191,8 @@ class OrtBackend:
             bundle.file(name)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
-        options.add_session_config_entry(*EXACT_INT8)
+        if processor.may_saturate(platform.machine(), processor.describe()["features"]):
+            options.add_session_config_entry(*EXACT_INT8)
         options.log_severity_level = 4  # errors are raised; warnings about fusions are no concern of the caller
         try:
             if isinstance(self._library, ort_library.Library):
