@@ -37,7 +37,6 @@ The backbone, from random weights:
 
 License: Apache-2.0.
 """
-UNFINISHED = 75  # exit code where --minutes were over: run it again
 
 
 def report(table: Mapping[str, list[list[evaluate.Group]]], plan: Plan) -> str:

@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vlrt.kernels import launch
+from vlrt.kernels import configs, launch
 from vlrt.kernels.latent_kernels import expand_kernel, mix_kernel, score_kernel
 
 LOG2_E = 1.4426950408889634
@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """Launch options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **launch.FUSED}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **configs.FP_FUSION}
 
 
 def tiles(num_rows: int, dtype: torch.dtype) -> Tiles:

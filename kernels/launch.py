@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-FUSED = {"enable_fp_fusion": True}  # stated, since the default differs among releases of Triton
 
 
 def unsupported_dtype(op: str, dtype: torch.dtype) -> str | None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlrt.kernels import launch
+from vlrt.kernels import configs, launch
 
 MAX_WIDTH = 32_768  # 64 fp32 values a thread with 16 warps: beyond it a row no longer fits the registers
 WIDTHS = (128, 1280, 3584, 8192)  # per-head norms, the vision towers, decoders of 2B to 72B
@@ -54,7 +54,7 @@ def supported(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None
 
 def options(block: int) -> dict[str, Any]:
     """Return the launch options of a row of `block` values: 16 to 64 values a thread."""
-    return {"num_warps": max(1, min(16, block // 512)), "num_stages": 1, **launch.FUSED}
+    return {"num_warps": max(1, min(16, block // 512)), "num_stages": 1, **configs.FP_FUSION}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlrt.kernels import launch
+from vlrt.kernels import configs, launch
 
 BLOCK_I = 1024  # 8 values a thread with 4 warps: one 16-byte load of each bf16 input
-OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, **launch.FUSED}
+OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, **configs.FP_FUSION}
 
 
 @triton.jit

@@ -20,7 +20,6 @@ HERE = Path(__file__).parent
 )
 def test_the_kernels_in_a_process_of_their_own(file, variables):
     """Catches what the file's own tests catch; its report is in the message."""
-    pytest.importorskip("triton")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST") and k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / file)]
     run = subprocess.run(

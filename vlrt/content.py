@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vlrt.video import Frames
 
-WHOLE_BYTES = 64 * 1024**2  # files up to here are hashed whole, which takes some 50 ms
+WHOLE_BYTES = 64 * 1024**2  # files up to here are hashed whole
 END_BYTES = 1024**2
 
 Source = str | os.PathLike[str] | bytes | Sequence[str | os.PathLike[str]] | Frames
