@@ -5,7 +5,7 @@ STAMP := $(VENV)/.vlrt-setup
 JOBS ?= 2
 PYTHON ?= python3
 
-.PHONY: demo test lint format setup reproduce bench gpu wheel-test clean
+.PHONY: demo test lint format docs setup reproduce bench gpu wheel-test clean
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Writes the site to build/site.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Trains and compares four ways to reason, and their ablations: 47 minutes on two busy cores of a Xeon; goes on where it was.
 reproduce: setup

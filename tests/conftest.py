@@ -11,8 +11,9 @@ from vlrt.checkpoint import Checkpoint
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let a machine that should have the C++ library say so."""
+    """Let a machine that should have the C++ library, or a browser, say so."""
     parser.addoption("--require-ort-library", action="store_true", help="fail where libvlrt_ort cannot be built")
+    parser.addoption("--require-browser", action="store_true", help="fail where Chromium is not installed")
 
 
 @pytest.fixture(scope="session")
