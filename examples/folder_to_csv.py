@@ -2,8 +2,8 @@
 
 Usage: python examples/folder_to_csv.py BUNDLE FOLDER QUESTION ANSWERS.csv [CHOICE CHOICE ...]
 
-A row per video: file, answer, probability of it among the choices (where there are any), seconds, error. A video that cannot
-be read costs its own row only. Rows are written as they come; a file that has some already is gone on with.
+A row per video: file, answer, probability of it among the choices (where there are any), seconds, error. A video that
+cannot be read costs its own row only. Rows are written as they come; a file that has some already is gone on with.
 """
 
 import csv

@@ -1,7 +1,7 @@
 """The example programs, run as their readers run them; the page in a real browser.
 
-The browser is Debian's Chromium with its driver, or another of that name on the PATH. Where there is none the test of the page is
-skipped with that reason; `pytest --require-browser` makes it fail instead.
+The browser is Debian's Chromium with its driver, or another of that name on the PATH. Where there is none the test of
+the page is skipped with that reason; `pytest --require-browser` makes it fail instead.
 """
 
 import csv
