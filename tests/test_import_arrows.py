@@ -13,7 +13,7 @@ ENGINES = {"torch", "triton", "transformers", "onnx", "onnxscript", "tensorrt", 
 
 # module or folder -> what of vlrt it may import, itself aside; the longest name that fits a file counts
 ARROWS = {
-    "__init__": ["aio", "answer", "errors", "runtime", "session", "video"],
+    "__init__": ["aio", "answer", "errors", "live", "runtime", "session", "video"],
     "__main__": ["cli"],
     "errors": [],
     "names": [],
@@ -51,8 +51,10 @@ ARROWS = {
     "request": [*BASE, "latent", "prompt"],
     "content": ["video"],
     "memory": [*CORE, "answer", "backends", "generate", "request"],
-    "session": [*CORE, "answer", "memory", "request"],
-    "runtime": [*CORE, "answer", "backends", "content", "memory", "request", "session"],
+    "saved_clip": [*CORE, "backends.base", "memory"],
+    "session": [*CORE, "answer", "memory", "request", "saved_clip"],
+    "live": [*CORE, "answer", "backends.base", "generate", "memory", "request", "session"],
+    "runtime": [*CORE, "answer", "backends", "content", "live", "memory", "request", "saved_clip", "session"],
     "export": [*BASE, "bundle", "checkpoint", "kernels", "models", "names", "ops", "positions", "prompt"],
     "export.exporter": [*BASE, "bundle", "checkpoint", "models", "prompt", "backends"],
     "export.torch_weights": ["backends.fp8", "bundle", "checkpoint"],

@@ -14,6 +14,7 @@ from vlrt.errors import (
     BundleError,
     Busy,
     CheckpointError,
+    ClipError,
     ConfigError,
     ExportError,
     Stopped,
@@ -24,6 +25,7 @@ from vlrt.errors import (
 if TYPE_CHECKING:
     from vlrt.aio import AsyncRuntime
     from vlrt.answer import Answer
+    from vlrt.live import LiveClip
     from vlrt.runtime import Runtime
     from vlrt.session import Clip
     from vlrt.video import Frames
@@ -38,9 +40,11 @@ __all__ = [
     "Busy",
     "CheckpointError",
     "Clip",
+    "ClipError",
     "ConfigError",
     "ExportError",
     "Frames",
+    "LiveClip",
     "Runtime",
     "Stopped",
     "VideoError",
@@ -53,6 +57,7 @@ _HOMES = {
     "AsyncRuntime": "vlrt.aio",
     "Clip": "vlrt.session",
     "Frames": "vlrt.video",
+    "LiveClip": "vlrt.live",
     "Runtime": "vlrt.runtime",
 }
 

@@ -140,6 +140,12 @@ class Bundle:
         return self.manifest.parity
 
     @property
+    def seal(self) -> str:
+        """The sha256 of its manifest, which has those of all its files: bundles that differ have different ones."""
+        found: str = sealed(config.to_dict(self.manifest))[SEAL]
+        return found
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all files together."""
         return sum(record.num_bytes for record in self.manifest.files.values())

@@ -28,6 +28,10 @@ class VideoError(VlrtError):
     """A video, image or array cannot be used: unreadable, empty, too short, or beyond a cap."""
 
 
+class ClipError(VlrtError):
+    """A saved clip cannot be written, or not be used: damaged, or computed by another bundle."""
+
+
 class Stopped(VlrtError):
     """An answer was stopped before it was there: cancelled, or its time was over."""
 

@@ -48,6 +48,11 @@ class Context:
         size = stop - self.start
         return Context(self.embeds[:size], self.positions[:, :size], -1, self.pooled, self.start)
 
+    def after(self, start: int) -> "Context":
+        """Return what stands from position `start` on."""
+        size = start - self.start
+        return Context(self.embeds[size:], self.positions[:, size:], self.next_position, self.pooled, start)
+
 
 def read(backend: Backend, built: prompt.Prompt, video_tokens: Array) -> Context:
     """Put video tokens in their places among the embedded ids, and say where everything stands.

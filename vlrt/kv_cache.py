@@ -4,6 +4,9 @@ Slots are allocated once and filled from the front; each also has its row of the
 by where it stands in time and space and not by its slot. Knows no model and no engine.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -83,6 +86,26 @@ class KVCache:
             for target, source in zip(mine, its, strict=True):
                 target[:, :, :count] = source[:, :, :count]
         self.place(other.cos[:count], other.sin[:count])
+        self.advance(count)
+
+    def parts(self) -> dict[str, NDArray[Any]]:
+        """Return what the slots in use hold, by name, on the host: `fill` is its inverse.
+
+        keys.<layer> and values.<layer> [1, H_kv, length, D], cos and sin [length, D/2]; views where they can be.
+        """
+        parts = {"cos": self.cos[: self.length], "sin": self.sin[: self.length]}
+        for layer in range(len(self.keys)):
+            parts[f"keys.{layer}"], parts[f"values.{layer}"] = self.view(layer)
+        return parts
+
+    def fill(self, parts: Mapping[str, NDArray[Any]]) -> None:
+        """Copy what `parts` returned into this cache, which is empty and has as many slots or more."""
+        assert self.length == 0
+        count = len(parts["cos"])
+        for layer in range(len(self.keys)):
+            self.keys[layer][:, :, :count] = parts[f"keys.{layer}"]
+            self.values[layer][:, :, :count] = parts[f"values.{layer}"]
+        self.place(parts["cos"], parts["sin"])
         self.advance(count)
 
     def view(self, layer: int) -> tuple[Array, Array]:

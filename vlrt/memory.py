@@ -4,8 +4,9 @@ The prompt up to the video's end is read once. Knows how a question is answered 
 no vision tower, and no engine from within.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,37 @@ class Memory:
         built = prompt.build(self._tokenizer, self._model, "?", [self.shown.media], reasoning="direct")
         whole = read(self._backend, built, self._tokens)
         stop = video_end(built, self._model)
-        self._keep(Writer(self._backend, whole.upto(stop), SLACK).cache, built.ids[:stop], whole.pooled)
+        cache = self._backend.prepare(stop + SLACK)
+        Writer(self._backend, whole.upto(stop), 0, cache)
+        self._keep(cache, built.ids[:stop], whole.pooled)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return what it holds, by name, on the host; `restore` is its inverse.
+
+        ids [n] int64, tokens [N_v, C] and pooled [T_v, C] float32, and the parts of the cache. It is read anew where an
+        error left nothing.
+        """
+        if self._cache is None:
+            self.read()
+        assert self._cache is not None
+        lower = self._backend.lower
+        return {"ids": self._ids, "tokens": lower(self._tokens), "pooled": lower(self._pooled), **self._cache.parts()}
+
+    @classmethod
+    def restore(
+        cls,
+        backend: Backend,
+        model: config.Model,
+        tokenizer: prompt.Tokenizer,
+        shown: Shown,
+        cache: KVCache,
+        arrays: Mapping[str, NDArray[Any]],
+    ) -> "Memory":
+        """Return a memory of what `arrays` returned, in a cache that is empty."""
+        memory = cls(backend, model, tokenizer, shown, backend.lift(arrays["tokens"]))
+        cache.fill(arrays)
+        memory._keep(cache, arrays["ids"], backend.lift(arrays["pooled"]))
+        return memory
 
     def answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
         """Answer a question, yielding text as it is written; return the Answer. One question at a time.

@@ -51,15 +51,22 @@ def resized(frames: Frames, video: Video, vision: Vision) -> Frames:
             size = image_size(height, width, video, vision)
         else:
             size = frame_size(height, width, count, video, vision)
-        if size != (height, width):
-            data = np.empty((count, *size, 3), np.uint8)
-            for i, picture in enumerate(frames.data):
-                data[i] = resize(picture, size)
+        data = at_size(data, size)
     missing = -count % vision.temporal_patch_size
     if missing:
         data = np.concatenate([data, np.repeat(data[-1:], missing, axis=0)])
         times = np.concatenate([times, np.repeat(times[-1:], missing)])
     return replace(frames, data=data, pts_seconds=times)
+
+
+def at_size(data: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Return frames [T, H, W, 3] resized to (height, width); the same array where they have it already."""
+    if data.shape[1:3] == size:
+        return data
+    sized = np.empty((len(data), *size, 3), np.uint8)
+    for i, picture in enumerate(data):
+        sized[i] = resize(picture, size)
+    return sized
 
 
 def grid_of(frames: Frames, vision: Vision) -> tuple[int, int, int]:

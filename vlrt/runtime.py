@@ -3,6 +3,7 @@
 The one place where all stages meet. Knows no engine from within: `backends` run the stages.
 """
 
+import os
 import threading
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -12,15 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt import preprocess, prompt, request
+from vlrt import preprocess, prompt, request, saved_clip
 from vlrt.answer import Answer, Clock, Stream
 from vlrt.backends import select
 from vlrt.backends.base import Array, Backend
 from vlrt.bundle import Bundle
 from vlrt.content import Source, content_key
 from vlrt.errors import ConfigError, VlrtError
+from vlrt.live import LiveClip, LiveMemory, Window
 from vlrt.memory import Memory, Shown, build
 from vlrt.request import Request
+from vlrt.saved_clip import Origin
 from vlrt.session import Clip, Recent, drain
 from vlrt.video import Frames, load
 
@@ -35,13 +38,19 @@ class Runtime:
     """A loaded model. One serves several threads: each call has a KV cache of its own, graphs are shared."""
 
     def __init__(
-        self, backend: Backend, tokenizer: prompt.Tokenizer, *, video_cache_bytes: int = VIDEO_CACHE_BYTES
+        self,
+        backend: Backend,
+        tokenizer: prompt.Tokenizer,
+        *,
+        video_cache_bytes: int = VIDEO_CACHE_BYTES,
+        origin: Origin | None = None,
     ) -> None:
         """Wrap a loaded backend. `Runtime.open` makes one from a bundle."""
         self.model = backend.model
         self.tokenizer = tokenizer
         self._backend: Backend | None = backend
         self._recent = Recent(video_cache_bytes)
+        self._origin = origin
 
     @classmethod
     def open(
@@ -77,7 +86,9 @@ class Runtime:
             if (bundle.path / name).exists():
                 bundle.file(name)
         loaded = select.load(bundle, backend, device, threads)
-        return cls(loaded, prompt.Tokenizer.open(bundle.path), video_cache_bytes=video_cache_bytes)
+        origin = Origin(bundle.seal, bundle.backend, bundle.precision)
+        tokenizer = prompt.Tokenizer.open(bundle.path)
+        return cls(loaded, tokenizer, video_cache_bytes=video_cache_bytes, origin=origin)
 
     def ask(
         self,
@@ -228,7 +239,45 @@ class Runtime:
         tokens = self._encode(backend, frames, shown.media.grid_thw, clock)
         memory = Memory(backend, self.model, self.tokenizer, shown, tokens)
         memory.read()
-        return Clip(memory, self.model, self.tokenizer)
+        return Clip(memory, self.model, self.tokenizer, self._origin)
+
+    def load_video(self, path: str | os.PathLike[str]) -> Clip:
+        """Open a clip that `Clip.save` wrote: its video is neither decoded nor read again.
+
+        Raises:
+            ClipError: it is none, damaged, or computed by another bundle or backend.
+            ConfigError: the runtime is closed, or was not opened from a bundle.
+        """
+        backend = self._open_backend()
+        if self._origin is None:
+            raise ConfigError("this runtime was not opened from a bundle; use Runtime.open to load clips")
+        memory = saved_clip.load(path, backend, self.model, self.tokenizer, self._origin)
+        return Clip(memory, self.model, self.tokenizer, self._origin)
+
+    def open_stream(
+        self, *, fps: float, window_seconds: float | None = None, window_tokens: int | None = None
+    ) -> LiveClip:
+        """Open a video that is still going on: `LiveClip.extend` appends frames, and tells what they cost.
+
+        Args:
+            fps: frames per second that will be appended; none of them is left out.
+            window_seconds: keep the newest frames of so many seconds.
+            window_tokens: keep the newest frames of so many video tokens. Give one of the two, or none: then frames can
+                be appended until the model's positions are full.
+
+        Raises:
+            ConfigError: the window is out of range or shorter than one temporal patch, both are given, or the runtime
+                is closed.
+            VideoError: fps is not a number above 0.
+        """
+        backend, vision = self._open_backend(), self.model.vision
+
+        def encode(frames: Frames) -> Array:
+            return self._encode(backend, frames, preprocess.grid_of(frames, vision), Clock())
+
+        window = Window.of(window_seconds, window_tokens)
+        memory = LiveMemory(backend, self.model, self.tokenizer, fps, window, encode)
+        return LiveClip(memory, self.model, self.tokenizer, self._origin)
 
     def close(self) -> None:
         """Let the model go, once answers under way in other threads have ended. Later calls raise ConfigError."""

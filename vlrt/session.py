@@ -3,19 +3,22 @@
 Knows how long what was computed is kept, and that one question at a time is asked of it; not how it is answered.
 """
 
+import contextlib
+import os
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt import config, prompt, request
+from vlrt import config, prompt, request, saved_clip
 from vlrt.answer import Answer, Clock, Stream
 from vlrt.errors import ConfigError
 from vlrt.memory import Memory
 from vlrt.request import Request
+from vlrt.saved_clip import Origin, Saved
 
 
 class Recent:
@@ -66,11 +69,14 @@ class Clip:
         memory: what was computed about it.
         model: of the runtime.
         tokenizer: of the runtime.
+        origin: what computed it; None: it cannot be saved.
     """
 
-    def __init__(self, memory: Memory, model: config.Model, tokenizer: prompt.Tokenizer) -> None:
+    def __init__(
+        self, memory: Memory, model: config.Model, tokenizer: prompt.Tokenizer, origin: Origin | None = None
+    ) -> None:
         self._memory: Memory | None = memory
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._origin = model, tokenizer, origin
         self._turn = threading.Lock()
         self._asking: int | None = None  # the thread whose question is answered now
 
@@ -123,6 +129,25 @@ class Clip:
         )
         return Stream(self._answer(asked, Clock.of(timeout_seconds, stop)))
 
+    def save(self, path: str | os.PathLike[str]) -> Saved:
+        """Keep what was computed in a file, once the question under way is answered; `Runtime.load_video` reads it.
+
+        The file takes what the clip takes in memory. It is of use to the same bundle alone, and holds the video's
+        content in a form that the model reads: keep it as you keep the video. It is written to a temporary sibling and
+        renamed; what killed processes had left of such is removed, and told.
+
+        Args:
+            path: a new one, or that of a saved clip, which is replaced.
+
+        Raises:
+            ClipError: something else is there, it cannot be written to, or the disk is full; what was there stays.
+            ConfigError: the clip is closed, or its runtime was not opened from a bundle.
+        """
+        with self._taken() as memory:
+            if self._origin is None:
+                raise ConfigError("this runtime was not opened from a bundle; use Runtime.open to save its clips")
+            return saved_clip.save(path, memory, self._origin)
+
     def close(self) -> None:
         """Let the memory go, once the question under way is answered. Later questions raise ConfigError."""
         with self._turn:
@@ -137,6 +162,12 @@ class Clip:
         self.close()
 
     def _answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
+        with self._taken() as memory:
+            return (yield from memory.answer(asked, clock))
+
+    @contextlib.contextmanager
+    def _taken(self) -> Iterator[Memory]:
+        """Wait for one's turn, and give the memory."""
         if self._asking == threading.get_ident():
             raise ConfigError("a stream of this video is still open; read it to its end, or close it, and ask again")
         with self._turn:
@@ -144,7 +175,7 @@ class Clip:
                 raise ConfigError("this video is closed; open it again")
             self._asking = threading.get_ident()
             try:
-                return (yield from self._memory.answer(asked, clock))
+                yield self._memory
             finally:
                 self._asking = None
 

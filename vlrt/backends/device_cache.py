@@ -6,6 +6,7 @@ in use is known to the host without asking the device. Knows no model.
 
 import threading
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,26 @@ class DeviceCache(KVCache):
         mine.cos[:count], mine.sin[:count] = its.cos[:count], its.sin[:count]
         self.advance(count)
 
+    def parts(self) -> dict[str, NDArray[Any]]:
+        """See `KVCache.parts`; bfloat16 as its bits, uint16."""
+        held, count = self.storage, self._length
+        parts = {"cos": _to_host(held.cos[:count]), "sin": _to_host(held.sin[:count])}
+        for layer in range(len(held.keys)):
+            keys, values = self.view(layer)
+            parts[f"keys.{layer}"], parts[f"values.{layer}"] = _to_host(keys), _to_host(values)
+        return parts
+
+    def fill(self, parts: Mapping[str, NDArray[Any]]) -> None:
+        """See `KVCache.fill`."""
+        assert self._length == 0
+        count, held = len(parts["cos"]), self.storage
+        for layer in range(len(held.keys)):
+            for name, target in (("keys", held.keys[layer]), ("values", held.values[layer])):
+                given = torch.from_numpy(parts[f"{name}.{layer}"])
+                target[:, :, :count] = given.view(target.dtype) if given.dtype == torch.uint16 else given
+        self.place(parts["cos"], parts["sin"])
+        self.advance(count)
+
     def view(self, layer: int) -> tuple[Any, Any]:
         """Return the keys and values in use of one layer, [1, H_kv, length, D] each, without copying."""
         return self.storage.keys[layer][:, :, : self._length], self.storage.values[layer][:, :, : self._length]
@@ -147,6 +168,12 @@ class Pool:
         cache = DeviceCache(storage, capacity)
         weakref.finalize(cache, self._free.append, storage)
         return cache
+
+
+def _to_host(part: Tensor) -> NDArray[Any]:
+    bits = part.view(torch.uint16) if part.dtype == torch.bfloat16 else part
+    out: NDArray[Any] = bits.cpu().numpy()
+    return out
 
 
 class LentAttention:
