@@ -1,13 +1,19 @@
 """Streams: answers equal those about the same frames opened at once, and only what is new is computed."""
 
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.bundles import QUESTION, QUICK
 from tests.test_session import same
+from tests.videos import make
 from vlrt import preprocess
 from vlrt.errors import ConfigError, Stopped, VideoError
 from vlrt.export import exporter
@@ -24,6 +30,7 @@ ASKED = (
     {"question": "Left or right?", "choices": ["left", "right", "neither of the two"]},
 )
 FPS = 3.0
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module", params=["ort", "torch", "torch qwen2_vl"])
@@ -296,3 +303,21 @@ def test_a_stream_grows_far_beyond_where_it_began(one):
             stream.extend(frames[at : at + 40])
         assert stream._memory._cache.length > 512 + 40
         same(stream.ask(**ASKED[0]), opened_at_once(one, frames, ASKED[0]))
+
+
+def test_the_example_asks_while_a_file_plays_and_at_its_end(make_bundle, tmp_path):
+    """Catches an example that asks about nothing, stops early, or does not tell how late it is."""
+    clip = make(tmp_path / "clip.mp4", frames=21, fps=10)
+    command = [sys.executable, ROOT / "examples" / "live.py", make_bundle(**MODEL)]
+    options = ["--fps", "4", "--every", "1", "--window", "1.5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, clip, QUESTION, *options], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    answers = re.findall(r"(?:^|\n) +([0-9.]+) s  .*?\(([0-9.]+) s behind\)", done.stdout, re.DOTALL)
+    times = [float(at) for at, _ in answers]
+    assert times[-1] == 2.2  # 9 frames: at 0, 0.25 ... 2 s
+    assert times == sorted(set(times))
+    assert all(float(lag) > 0 for _, lag in answers)
+    missing = subprocess.run([*command, tmp_path / "none.mp4", "?"], capture_output=True, text=True, env=environment)
+    assert missing.returncode == 1
+    assert re.fullmatch(r"live.py: .*No such file.*\n", missing.stderr)

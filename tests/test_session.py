@@ -221,3 +221,13 @@ def test_contents_are_named_by_what_is_in_them(clip, tmp_path):
     assert content_key(7, None, None) is None
     assert content_key([clip, copied], None, None) == content_key([clip, clip], None, None)
     assert content_key([clip], None, None) != content_key(clip, None, None)
+
+
+def test_a_video_that_fits_a_question_can_be_opened(runtimes):
+    """Catches room for questions that is kept where the model's positions end before."""
+    _, fresh = runtimes
+    long = square(count=280, fps=200)
+    ref = fresh.ask(long, QUESTION, **FORCED)
+    assert 2048 - 512 < ref.usage.prompt_tokens < 2048 - 64
+    with fresh.open_video(long) as opened:
+        same(opened.ask(QUESTION, **FORCED), ref)
