@@ -5,20 +5,18 @@ file, and not how a question is answered.
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vlrt import config, preprocess, prompt, request
-from vlrt.answer import Answer, Clock
+from vlrt.answer import Clock
 from vlrt.backends.base import Array, Backend
 from vlrt.errors import ConfigError, VideoError
 from vlrt.generate import Writer, read
 from vlrt.memory import SLACK, Memory, Shown, build, video_end
-from vlrt.request import Request
 from vlrt.sampling import frame_size
 from vlrt.session import Clip
 from vlrt.video import Frames
@@ -138,24 +136,18 @@ class LiveMemory(Memory):
         if len(whole) and not self._moved:
             self.read()
 
-    def answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
-        """See `Memory.answer`.
+    def settle(self, clock: Clock) -> None:
+        """Encode frames that wait, and read what was not read yet.
 
         Raises:
-            ConfigError: no frame has come yet, or the prompt is longer than the model's positions.
+            ConfigError: no frame has come yet.
+            Stopped: the clock says so.
         """
         with clock("vision"):
             self._fill()
         with clock("prefill"):
-            build(self._tokenizer, self._model, asked, self.shown.media)
-            self._catch_up(clock.check)
-        return (yield from super().answer(asked, clock))
-
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """See `Memory.arrays`; a frame that waits for its partner is in it."""
-        self._fill()
-        self._catch_up()
-        return super().arrays()
+            if self._unread or self._cache is None:
+                self.read(clock.check)
 
     def read(self, check: Callable[[], None] | None = None) -> None:
         """Read what does not stand in the cache yet, up to the video's end.
@@ -202,10 +194,6 @@ class LiveMemory(Memory):
         encoded = self._encode(replace(self._like, data=np.concatenate([self._waiting, last])))
         self._tokens = encoded if self._tokens is None else self._backend.join([self._tokens, encoded])
         self._show(self._num_patches + 1, self._num_patches * self._steps + len(self._waiting))
-
-    def _catch_up(self, check: Callable[[], None] | None = None) -> None:
-        if self._unread or self._cache is None:
-            self.read(check)
 
     def _checked(self, array: ArrayLike) -> NDArray[np.uint8]:
         """Return frames like those before, or refuse them."""
@@ -280,6 +268,6 @@ class LiveClip(Clip):
                 size, a closed clip, or a stream of an answer that this thread has left open. In all of these cases
                 nothing was appended.
         """
-        with self._taken() as memory:
+        with self._mine() as memory:
             assert isinstance(memory, LiveMemory)
             memory.extend(frames)

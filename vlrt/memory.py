@@ -73,12 +73,16 @@ class Memory:
         Writer(self._backend, whole.upto(stop), 0, cache)
         self._keep(cache, built.ids[:stop], whole.pooled)
 
+    def settle(self, clock: Clock) -> None:
+        """Do what was put off until somebody asks: of a whole video, nothing."""
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return what it holds, by name, on the host; `restore` is its inverse.
 
         ids [n] int64, tokens [N_v, C] and pooled [T_v, C] float32, and the parts of the cache. It is read anew where an
         error left nothing.
         """
+        self.settle(Clock())
         if self._cache is None:
             self.read()
         assert self._cache is not None
@@ -108,6 +112,7 @@ class Memory:
             ConfigError: the prompt is longer than the model's positions.
             Stopped: the clock says so.
         """
+        self.settle(clock)
         with clock("prefill"):
             built = build(self._tokenizer, self._model, asked, self.shown.media)
         try:

@@ -143,7 +143,7 @@ class Clip:
             ClipError: something else is there, it cannot be written to, or the disk is full; what was there stays.
             ConfigError: the clip is closed, or its runtime was not opened from a bundle.
         """
-        with self._taken() as memory:
+        with self._mine() as memory:
             if self._origin is None:
                 raise ConfigError("this runtime was not opened from a bundle; use Runtime.open to save its clips")
             return saved_clip.save(path, memory, self._origin)
@@ -162,12 +162,12 @@ class Clip:
         self.close()
 
     def _answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
-        with self._taken() as memory:
+        with self._mine() as memory:
             return (yield from memory.answer(asked, clock))
 
     @contextlib.contextmanager
-    def _taken(self) -> Iterator[Memory]:
-        """Wait for one's turn, and give the memory."""
+    def _mine(self) -> Iterator[Memory]:
+        """Wait for this thread's turn."""
         if self._asking == threading.get_ident():
             raise ConfigError("a stream of this video is still open; read it to its end, or close it, and ask again")
         with self._turn:
