@@ -243,7 +243,8 @@ class Writer:
 
     def _logits(self) -> NDArray[np.float32]:
         """Return the logits [V] of the next token."""
-        return self._backend.logits(self._settle([]))[0]
+        row: NDArray[np.float32] = self._backend.logits(self._settle([]))[0]
+        return row
 
     def _settle(self, more: Sequence[int]) -> Array:
         """Feed what was answered but not fed yet, and `more`; return the last hidden state [1, C]."""

@@ -57,7 +57,7 @@ class ReferenceBackend:
         return KVCache(self.model.decoder, capacity)
 
     @torch.inference_mode()
-    def decode(self, cache: KVCache, inputs_embeds: Tensor, cos: Floats, sin: Floats, lanes: None = None) -> Tensor:
+    def decode(self, cache: KVCache, inputs_embeds: Tensor, cos: Floats, sin: Floats, lanes: Any = None) -> Tensor:
         """See `base.Backend`."""
         cache.place(cos, sin)
         keys, values = ([torch.from_numpy(x) for x in caches] for caches in (cache.keys, cache.values))

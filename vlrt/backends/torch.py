@@ -121,7 +121,7 @@ class TorchBackend:
         return self._pool.lend(capacity)
 
     @torch.inference_mode()
-    def decode(self, cache: KVCache, inputs_embeds: Tensor, cos: Any, sin: Any, lanes: None = None) -> Tensor:
+    def decode(self, cache: KVCache, inputs_embeds: Tensor, cos: Any, sin: Any, lanes: Any = None) -> Tensor:
         """See `base.Backend`."""
         assert isinstance(cache, DeviceCache), "the cache must come from this backend's prepare"
         cache.place(cos, sin)
