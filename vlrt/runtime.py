@@ -17,7 +17,7 @@ from vlrt.answer import Answer, Clock, Stream, drain
 from vlrt.backends import select
 from vlrt.backends.base import Array, Backend
 from vlrt.bundle import Bundle
-from vlrt.content import Source, content_key
+from vlrt.content import Source, content_key, stamp
 from vlrt.errors import ConfigError, VlrtError
 from vlrt.memory import Memory, Shown, build
 from vlrt.request import Request
@@ -169,11 +169,12 @@ class Runtime:
             VlrtError: see `ask`; arguments that `ask` does not have are refused before anything is answered.
         """
         groups: dict[Hashable, list[int]] = {}
+        before = [stamp(question.get("video", b"")) for question in questions]
         for number, question in enumerate(questions):
             check_names(question, number, ASKED, ASKED_ALWAYS)
             sampling = question.get("num_frames"), question.get("fps")
             key = content_key(question["video"], *sampling)
-            groups.setdefault(("none", number) if key is None else key, []).append(number)
+            groups.setdefault(object() if key is None else key, []).append(number)
         found: list[Any] = [None] * len(questions)
         batch: dict[int, Asked] = {}
         memories: dict[Hashable, Memory] = {}
@@ -193,9 +194,12 @@ class Runtime:
             memory = self._recent.take(key)
             for number in numbers:
                 try:
-                    batch[number], memory = self._asked(memory, **questions[number])
+                    batch[number], seen = self._asked(memory, **questions[number])
                 except VlrtError as error:
                     found[number] = error
+                    continue
+                if memory is not None or stamp(questions[number]["video"]) == before[number]:
+                    memory = seen
             if memory is not None:
                 memories[key] = memory
             if sum(memory.num_bytes for memory in memories.values()) > MAX_BYTES:
@@ -264,10 +268,13 @@ class Runtime:
         """Run all stages that were not run for an earlier question; yield text as it is written, return the Answer."""
         self._open_backend()
         with clock("decode"):
+            before = stamp(video)
             key = content_key(video, num_frames, fps) if self._recent.max_bytes else None
         memory = None if key is None else self._recent.take(key)
         if memory is None:
             memory = self._see(video, asked, num_frames, fps, clock)
+            if stamp(video) != before:  # what was decoded may be something else than what has this name
+                key = None
         try:
             return (yield from memory.answer(asked, clock))
         finally:

@@ -55,7 +55,7 @@ class OrtBackend:
     prefill_chunk, vision_chunk = 512, 4096
 
     def __init__(self, bundle: Bundle, threads: int | None = None, *, library: bool = True) -> None:
-        self.model = bundle.model
+        self.model, self._files = bundle.model, bundle.watched()
         self._library = _usable_library(bundle.model) if library else "it was not asked for"
         before = self._num_kernels()
         self.threads = threads or num_usable_cores()
@@ -78,6 +78,7 @@ class OrtBackend:
         if self._looks_at_video:
             self._latent_memory = self._load(bundle, names.LATENT_MEMORY)
         self.kernels = self._name_kernels(self._num_kernels() - before)
+        self._files.check()  # nothing was written between a hash and what was loaded
 
     def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Floats:
         """See `base.Backend`."""
@@ -99,7 +100,12 @@ class OrtBackend:
         return out
 
     def embed(self, ids: Ids) -> Floats:
-        """See `base.Backend`."""
+        """See `base.Backend`.
+
+        Raises:
+            BundleError: a file of the bundle was written to since it was opened.
+        """
+        self._files.check()  # here, since every step comes by
         return widen(self._embed[ids])
 
     def prepare(self, capacity: int) -> BoundCache:
