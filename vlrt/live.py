@@ -127,7 +127,7 @@ class LiveMemory(Memory):
         if kept:
             size = self._tokens_per_patch
             encoded.insert(0, self._tokens[gone * size : self._num_patches * size])
-        self._tokens = self._backend.join(encoded) if encoded else None
+        self._tokens = self.backend.join(encoded) if encoded else None
         if dropped:
             self._moved = self._cache is not None
         self._num_read = 0 if dropped else min(self._num_read, kept * self._tokens_per_patch)
@@ -162,12 +162,12 @@ class LiveMemory(Memory):
             start = built.spans[0].start + self._num_read
             cache.rewind(cache.length - start)
         if cache is None or cache.capacity < stop:
-            larger = self._backend.prepare(stop + max(SLACK, stop // 2))
+            larger = self.backend.prepare(stop + max(SLACK, stop // 2))
             if cache is not None:
                 larger.take(cache)
             cache = larger
-        whole = read(self._backend, built, self._tokens)
-        Writer(self._backend, whole.upto(stop).after(start), 0, cache, check)
+        whole = read(self.backend, built, self._tokens)
+        Writer(self.backend, whole.upto(stop).after(start), 0, cache, check)
         self._keep(cache, built.ids[:stop], whole.pooled)
         self._num_read, self._unread, self._moved = built.spans[0].num_tokens, False, False
 
@@ -192,7 +192,7 @@ class LiveMemory(Memory):
             return
         last = np.repeat(self._waiting[-1:], self._steps - len(self._waiting), axis=0)
         encoded = self._encode(replace(self._like, data=np.concatenate([self._waiting, last])))
-        self._tokens = encoded if self._tokens is None else self._backend.join([self._tokens, encoded])
+        self._tokens = encoded if self._tokens is None else self.backend.join([self._tokens, encoded])
         self._show(self._num_patches + 1, self._num_patches * self._steps + len(self._waiting))
 
     def _checked(self, array: ArrayLike) -> NDArray[np.uint8]:

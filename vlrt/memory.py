@@ -4,7 +4,7 @@ The prompt up to the video's end is read once. Knows how a question is answered 
 no vision tower, and no engine from within.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +52,8 @@ class Memory:
     def __init__(
         self, backend: Backend, model: config.Model, tokenizer: prompt.Tokenizer, shown: Shown, tokens: Array
     ) -> None:
-        self.shown = shown
-        self._backend, self._model, self._tokenizer, self._tokens = backend, model, tokenizer, tokens
+        self.shown, self.backend = shown, backend
+        self._model, self._tokenizer, self._tokens = model, tokenizer, tokens
         self._ids: NDArray[np.int64] = np.zeros(0, np.int64)  # what the cache holds
         self._cache: KVCache | None = None
         self._pooled: Array = None
@@ -66,12 +66,7 @@ class Memory:
 
     def read(self) -> None:
         """Read the prompt up to the video's end, before there is a question."""
-        built = prompt.build(self._tokenizer, self._model, "?", [self.shown.media], reasoning="direct")
-        whole = read(self._backend, built, self._tokens)
-        stop = video_end(built, self._model)
-        cache = self._backend.prepare(stop + SLACK)
-        Writer(self._backend, whole.upto(stop), 0, cache)
-        self._keep(cache, built.ids[:stop], whole.pooled)
+        self.knows(prompt.build(self._tokenizer, self._model, "?", [self.shown.media], reasoning="direct"))
 
     def settle(self, clock: Clock) -> None:
         """Do what was put off until somebody asks: of a whole video, nothing."""
@@ -86,7 +81,7 @@ class Memory:
         if self._cache is None:
             self.read()
         assert self._cache is not None
-        lower = self._backend.lower
+        lower = self.backend.lower
         return {"ids": self._ids, "tokens": lower(self._tokens), "pooled": lower(self._pooled), **self._cache.parts()}
 
     @classmethod
@@ -105,6 +100,52 @@ class Memory:
         memory._keep(cache, arrays["ids"], backend.lift(arrays["pooled"]))
         return memory
 
+    @property
+    def pooled(self) -> Array:
+        """Video tokens [T_v, C], mean-pooled over space, once the prompt has been read."""
+        return self._pooled
+
+    def has(self, built: prompt.Prompt) -> bool:
+        """Return whether a prompt has been read up to the video's end."""
+        return self._cache is not None and np.array_equal(self._ids, built.ids[: video_end(built, self._model)])
+
+    def knows(self, built: prompt.Prompt, check: Callable[[], None] | None = None) -> bool:
+        """Read a prompt up to the video's end where that has not been read; return whether it had been.
+
+        `check` is called before each pass over a chunk of it, and raises where reading is to end.
+        """
+        if self.has(built):
+            return True
+        stop, self._cache = video_end(built, self._model), None
+        whole = read(self.backend, built, self._tokens)
+        cache = self.backend.prepare(stop + SLACK)
+        Writer(self.backend, whole.upto(stop), 0, cache, check)
+        self._keep(cache, built.ids[:stop], whole.pooled)
+        return False
+
+    def cache(self, room: int) -> KVCache:
+        """Return what was read, in a cache with `room` slots beyond it."""
+        assert self._cache is not None, "the caller has it read before"
+        stop = self._cache.length
+        if self._cache.capacity < stop + room:
+            larger = self.backend.prepare(stop + room + SLACK)
+            larger.take(self._cache)
+            self._cache = larger
+        return self._cache
+
+    def rest(self, built: prompt.Prompt) -> Context:
+        """Return what follows what was read of a prompt."""
+        return read_rest(self.backend, built, self._pooled, len(self._ids))
+
+    def forget(self) -> None:
+        """Have the prompt read anew: what is in the cache is not known."""
+        self._cache = None
+
+    def rewind(self) -> None:
+        """Take back what follows the video."""
+        if self._cache is not None:
+            self._cache.rewind(self._cache.length - len(self._ids))
+
     def answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
         """Answer a question, yielding text as it is written; return the Answer. One question at a time.
 
@@ -121,49 +162,67 @@ class Memory:
             latents = None
             if asked.reasoning == "latent":
                 with clock("latents"):
-                    made = writer.reason(context, _replacement(self._backend, asked))
-                    latents = self._backend.lower(made)
-            written: list[int] = []
-            lead: list[int] = []
-            if not asked.choices or asked.reasoning == "cot":
-                lead = yield from self._write(writer, asked, built.ids.tolist(), written, clock)
-            log_scores = None
-            if asked.choices:
-                with clock("answer"):
-                    log_scores = writer.score(asked.choice_ids, lead)
-            return self._finish(asked, built, context.start, latents, written, log_scores, clock)
+                    made = writer.reason(context, replacement(self.backend, asked))
+                    latents = self.backend.lower(made)
+            return (yield from self.conclude(writer, asked, built, context.start, latents, clock))
         except (GeneratorExit, Stopped):  # between two steps: whoever read the stream has left, or its time is over
             raise
         except BaseException:
-            self._cache = None  # what is in it is not known
+            self.forget()
             raise
         finally:
-            stop = video_end(built, self._model)
-            if self._cache is not None:
-                self._cache.rewind(self._cache.length - stop)
+            self.rewind()
+
+    def conclude(
+        self,
+        writer: Writer,
+        asked: Request,
+        built: prompt.Prompt,
+        reused: int,
+        latents: NDArray[np.float32] | None,
+        clock: Clock,
+        *,
+        paced: bool = False,
+    ) -> Generator[str, None, Answer]:
+        """Answer where everything before the answer has been read; yield text as it is written, return the Answer.
+
+        Args:
+            writer: has read it.
+            asked: the question.
+            built: its prompt.
+            reused: how many of the prompt's tokens had been read before.
+            latents: [L, C], or None.
+            clock: counts.
+            paced: yield after every token, "" where it ends no character.
+        """
+        written: list[int] = []
+        lead: list[int] = []
+        if asked.writes:
+            lead = yield from self._write(writer, asked, built.ids.tolist(), written, clock, paced)
+        log_scores = None
+        if asked.choices:
+            with clock("answer"):
+                log_scores = writer.score(asked.choice_ids, lead)
+        return self._finish(asked, built, reused, latents, written, log_scores, clock)
 
     def _writer(self, built: prompt.Prompt, room: int, clock: Clock) -> tuple[Writer, Context]:
         """Read a prompt: what follows the video where the rest has been read, else all of it."""
         stop = video_end(built, self._model)
-        if self._cache is None or not np.array_equal(self._ids, built.ids[:stop]):
+        if not self.has(built):
             self._cache = None
-            context = read(self._backend, built, self._tokens)
-            writer = Writer(self._backend, context, room, check=clock.check)
+            context = read(self.backend, built, self._tokens)
+            writer = Writer(self.backend, context, room, check=clock.check)
             self._keep(writer.cache, built.ids[:stop], context.pooled)
             return writer, context
         check_length(self._model, len(built.ids), room)
-        if self._cache.capacity < len(built.ids) + room:
-            larger = self._backend.prepare(len(built.ids) + room + SLACK)
-            larger.take(self._cache)
-            self._cache = larger
-        context = read_rest(self._backend, built, self._pooled, stop)
-        return Writer(self._backend, context, room, self._cache, clock.check), context
+        cache, context = self.cache(len(built.ids) - stop + room), self.rest(built)
+        return Writer(self.backend, context, room, cache, clock.check), context
 
     def _keep(self, cache: KVCache, ids: NDArray[np.int64], pooled: Array) -> None:
         self._cache, self._ids, self._pooled = cache, ids, pooled
 
     def _write(
-        self, writer: Writer, asked: Request, seen: list[int], written: list[int], clock: Clock
+        self, writer: Writer, asked: Request, seen: list[int], written: list[int], clock: Clock, paced: bool
     ) -> Generator[str, None, list[int]]:
         """Write freely, yielding text.
 
@@ -189,7 +248,7 @@ class Memory:
                 return self._tokenizer.encode(ANSWER_TAG[_overlap(before, ANSWER_TAG) :])
             if token_id is not None:
                 written.append(token_id)
-            if piece:
+            if piece or (paced and token_id is not None):
                 yield piece
             if asked.choices and text.endswith(ANSWER_TAG):
                 return []
@@ -267,7 +326,7 @@ def _frames_that_fit(model: config.Model, built: prompt.Prompt, room: int) -> st
     return f"; {frames} frames of this size fit (num_frames={frames})" if frames > 0 else ""
 
 
-def _replacement(backend: Backend, asked: Request) -> Replace | None:
+def replacement(backend: Backend, asked: Request) -> Replace | None:
     """Return what an ablation puts in place of the model's own latents."""
     given, plan = asked.latents, backend.model.latent
     if given is None or plan is None:

@@ -38,12 +38,17 @@ class Request:
     min_tokens: int
     latents: NDArray[np.float32] | str | None
 
+    @property
+    def writes(self) -> bool:
+        """Whether it writes freely, if only before it chooses."""
+        return not self.choices or self.reasoning == "cot"
+
     def room(self, model: config.Model, tokenizer: prompt.Tokenizer) -> int:
         """Slots that the sequence may take beyond its prompt."""
         room, plan, given = 0, model.latent, self.latents
         if self.reasoning == "latent" and plan is not None:
             room += 1 + max(plan.num_latents, len(given) if isinstance(given, np.ndarray) else 0)
-        if not self.choices or self.reasoning == "cot":
+        if self.writes:
             room += self.max_tokens
         if self.choices:
             room += max(map(len, self.choice_ids)) + len(tokenizer.encode(ANSWER_TAG))

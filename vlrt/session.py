@@ -7,18 +7,22 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlrt import config, prompt, request, saved_clip
-from vlrt.answer import Answer, Clock, Stream
-from vlrt.errors import ConfigError
+from vlrt.answer import Answer, Clock, Stream, drain
+from vlrt.errors import ConfigError, VlrtError
 from vlrt.memory import Memory
 from vlrt.request import Request
 from vlrt.saved_clip import Origin, Saved
+from vlrt.together import Asked, answer_all, check_names, raise_first
+
+ASKED = {"question", "choices", "reasoning", "max_tokens", "min_tokens", "latents", "timeout_seconds", "stop"}
 
 
 class Recent:
@@ -148,6 +152,31 @@ class Clip:
                 raise ConfigError("this runtime was not opened from a bundle; use Runtime.open to save its clips")
             return saved_clip.save(path, memory, self._origin)
 
+    def ask_many(self, questions: Sequence[Mapping[str, Any]], *, return_errors: bool = False) -> list[Any]:
+        """Answer many questions side by side; see `Runtime.ask_many`.
+
+        Args:
+            questions: arguments of `ask`, one mapping each.
+            return_errors: put a VlrtError in the place of an answer that cannot be had; else the first one is raised.
+
+        Raises:
+            VlrtError: see `ask`; arguments that `ask` does not have are refused before anything is answered.
+        """
+        for number, question in enumerate(questions):
+            check_names(question, number, ASKED, ("question",))
+        with self._mine() as memory:
+            found: list[Any] = []
+            for question in questions:
+                try:
+                    found.append(self._asked(memory, **question))
+                except VlrtError as error:
+                    found.append(error)
+            answer_all(memory.backend, self._tokenizer, [one for one in found if isinstance(one, Asked)])
+        found = [one.result if isinstance(one, Asked) else one for one in found]
+        if not return_errors:
+            raise_first(found)
+        return found
+
     def close(self) -> None:
         """Let the memory go, once the question under way is answered. Later questions raise ConfigError."""
         with self._turn:
@@ -160,6 +189,17 @@ class Clip:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _asked(
+        self,
+        memory: Memory,
+        question: str,
+        timeout_seconds: float | None = None,
+        stop: threading.Event | None = None,
+        **settings: Any,
+    ) -> Asked:
+        clock = Clock.of(timeout_seconds, stop)
+        return Asked(memory, request.check(self._model, self._tokenizer, question, **settings), clock)
 
     def _answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
         with self._mine() as memory:
@@ -178,13 +218,3 @@ class Clip:
                 yield self._memory
             finally:
                 self._asking = None
-
-
-def drain(pieces: Generator[str, None, Answer]) -> Answer:
-    """Run an answer to its end."""
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as stop:
-            answer: Answer = stop.value
-            return answer
