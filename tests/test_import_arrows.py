@@ -41,6 +41,10 @@ ARROWS = {
     "backends": [*BASE, "bundle", "names", "kv_cache", "positions", "processor"],
     "backends.reference": [*BASE, "kv_cache", "positions", "checkpoint", "models"],
     "backends.torch": [*BASE, "bundle", "kv_cache", "positions", "models"],
+    "backends.uploads": ["config", "ops"],
+    "backends.greedy": [],
+    "backends.device_words": [],
+    "encoding": [*CORE, "answer", "backends"],
     "backends.fused_decoder": [*BASE, "models", "ops"],
     "backends.device_cache": [*BASE, "kv_cache", "ops"],
     "backends.captured": [],
@@ -52,7 +56,7 @@ ARROWS = {
     "content": ["video"],
     "memory": [*CORE, "answer", "backends", "generate", "request"],
     "session": [*CORE, "answer", "memory", "request"],
-    "runtime": [*CORE, "answer", "backends", "content", "memory", "request", "session"],
+    "runtime": [*CORE, "answer", "backends", "content", "encoding", "memory", "request", "session"],
     "export": [*BASE, "bundle", "checkpoint", "kernels", "models", "names", "ops", "positions", "prompt"],
     "export.exporter": [*BASE, "bundle", "checkpoint", "models", "prompt", "backends"],
     "export.torch_weights": ["backends.fp8", "bundle", "checkpoint"],
@@ -111,6 +115,8 @@ NEEDS_AN_ENGINE = {
     "backends.device_cache",
     "backends.captured",
     "backends.fp8",
+    "backends.uploads",
+    "backends.device_words",
 }
 LOADS_TORCH_WHEN_ASKED_FOR_A_TENSOR = {"checkpoint"}
 SAYS_ITS_VERSION = {"cli", "doctor", "export.exporter"}

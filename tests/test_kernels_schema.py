@@ -158,7 +158,7 @@ def test_a_gradient_is_asked_of_some_inputs_only():
         (("latent_injection", "cuda", torch.float32, (1, 4, 8)), None),
         (("latent_injection", "cuda", torch.float32, (4, 8)), "[B, L, C]"),
         (("video_attention_", "cuda", torch.bfloat16, (1, 5, 4, 128)), None),
-        (("video_attention", "cuda", torch.float64, (1, 5, 4, 128)), "not float64"),
+        (("video_attention", "cuda", torch.float64, (1, 5, 4, 128)), "not torch.float64"),
         (("segment_attention", "cuda", torch.float16, (5, 4, 80)), None),
         (("segment_attention", "cuda", torch.float16, (5, 4, 48)), "head dims 64, 72, 80, 96, 128, not 48"),
         (("rms_norm", "cpu", torch.int32, (1, 8)), "torch.int32"),
