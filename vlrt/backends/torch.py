@@ -5,6 +5,7 @@ into one queue, and the host waits for it only where it needs numbers: a word's 
 between latents. Frames are sent beside it (`uploads.py`).
 """
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -100,6 +101,7 @@ class TorchBackend:
         self._decoder = FusedDecoder(model.decoder, fetch, self._dtype, device)
         self._pool = Pool(model.decoder, self._dtype, device)
         self._towers = LastUsed(MAX_GRIDS)
+        self._grid_inputs = functools.lru_cache(MAX_GRIDS)(self._make_grid_inputs)
         self._cutter = Cutter(model.vision, model.video, self._dtype, device)
         self._recording = threading.Lock()
 
@@ -110,13 +112,8 @@ class TorchBackend:
     @torch.inference_mode()
     def encode(self, pixels: Any, grid_thw: tuple[int, int, int]) -> Tensor:
         """See `base.Backend`."""
-        vision = self.model.vision
-        inputs: list[Any] = [*positions.vision_cos_sin(grid_thw, vision), positions.frame_seqlens(grid_thw)]
-        if vision.window_size:
-            order, bounds = positions.window_index(grid_thw, vision)
-            inputs += [order, np.argsort(order), bounds]
         patches = pixels if isinstance(pixels, Tensor) else self._upload(pixels)
-        given = (patches.to(self._dtype), *(self._upload(x) for x in inputs))
+        given = (patches.to(self._dtype), *self._grid_inputs(grid_thw))
         if self.device.type != "cuda":
             out: Tensor = self._module.visual(*given)
             return out
@@ -189,6 +186,7 @@ class TorchBackend:
     def close(self) -> None:
         """See `base.Backend`."""
         del self._module, self._decoder, self._table, self._head, self._pool, self._towers, self._cutter
+        del self._grid_inputs
 
     def _pass(self, storage: Storage, inputs_embeds: Tensor) -> Tensor:
         """Run the decoder over positions [S, C] behind what the storage holds."""
@@ -204,6 +202,15 @@ class TorchBackend:
                 storage.graphs[size] = Captured(run, (inputs_embeds,))
         replay: Callable[..., Tensor] = storage.graphs[size]
         return replay(inputs_embeds)
+
+    def _make_grid_inputs(self, grid_thw: tuple[int, int, int]) -> list[Tensor]:
+        """Return what the vision tower reads beside patches: tables and bounds, the same for all videos of a grid."""
+        vision = self.model.vision
+        inputs: list[Any] = [*positions.vision_cos_sin(grid_thw, vision), positions.frame_seqlens(grid_thw)]
+        if vision.window_size:
+            order, bounds = positions.window_index(grid_thw, vision)
+            inputs += [order, np.argsort(order), bounds]
+        return [self._upload(x) for x in inputs]
 
     def _upload(self, array: Any) -> Tensor:
         return upload(array, self.device)

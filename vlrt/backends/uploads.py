@@ -20,12 +20,15 @@ PIECE_BYTES = 4 * 1024**2  # of frames per copy: enough for the bus's full speed
 MAX_PINNED_BYTES = 512 * 1024**2  # the system cannot swap pinned memory; longer videos are copied chunk by chunk
 
 
-def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Return an array on a device; of memory of its own there, shared with the array on the CPU."""
+def staged(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array where a copy to the device, `non_blocking`, does not hold the host up: pinned, for a card."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Return an array on a device; on the CPU it shares the array's memory."""
+    return staged(array, device).to(device, non_blocking=True)
 
 
 class Cutter:
