@@ -40,7 +40,7 @@ ARROWS = {
     "models": [*BASE, "ops", "latent"],
     "backends": [*BASE, "bundle", "names", "kv_cache", "positions", "processor"],
     "backends.reference": [*BASE, "kv_cache", "positions", "checkpoint", "models"],
-    "backends.torch": [*BASE, "bundle", "kv_cache", "positions", "models"],
+    "backends.torch": [*BASE, "bundle", "kv_cache", "positions", "models", "ops"],
     "backends.uploads": ["config", "ops"],
     "backends.greedy": [],
     "backends.device_words": [],

@@ -32,13 +32,14 @@ def shipped(module, arch):
 
 
 def cases():
-    """Yield module and compilation; small kernels in dtypes other than bf16 for one target each, in turn."""
-    for module in MODULES:
-        for turn, arch in enumerate(TARGETS):
-            for number, case in enumerate(shipped(module, arch)):
-                models_own = "*bf16" in case.signature.values()
-                if module in ATTENTION or models_own or number % len(TARGETS) == turn:
-                    yield pytest.param(module, case, id=case.name)
+    """Return module and compilation; small kernels in dtypes other than bf16 for one target each, in turn."""
+    return [
+        pytest.param(module, case, id=case.name)
+        for module in MODULES
+        for turn, arch in enumerate(TARGETS)
+        for number, case in enumerate(shipped(module, arch))
+        if module in ATTENTION or "*bf16" in case.signature.values() or number % len(TARGETS) == turn
+    ]
 
 
 def compiled(case, **constants):

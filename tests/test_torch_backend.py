@@ -12,7 +12,7 @@ from vlrt import fresh
 from vlrt.backends.device_cache import SLOTS, Pool
 from vlrt.backends.fp8 import fp8_linear, to_fp8
 from vlrt.backends.fused_decoder import FusedDecoder, linear
-from vlrt.backends.torch import longest_prefill
+from vlrt.backends.torch import longest_prefill, unfit
 from vlrt.bundle import Bundle
 from vlrt.errors import BackendUnavailable, BundleError, ConfigError, ExportError
 from vlrt.export import exporter
@@ -124,6 +124,15 @@ def test_a_long_video_and_its_question_are_one_pass_where_there_is_memory(shape,
     sizes = [longest_prefill(decoder, precision, gib * 2**30) for gib in (4, 8, 16, 24, 80)]
     assert sizes == sorted(sizes)
     assert all(2 * size * 2 * decoder.intermediate_size < 4 * 2**30 for size in sizes)
+
+
+def test_models_without_kernels_are_refused_by_name():
+    """Catches a model that opens on a card, and fails at its first question."""
+    assert unfit(fresh.fresh_model("7b"), torch.bfloat16) is None
+    assert unfit(fresh.fresh_model("3b"), torch.float32) is None
+    assert "video_attention_ has kernels for head dims 64, 72" in unfit(fresh.fresh_model("tiny"), torch.bfloat16)
+    odd = fresh.fresh_model("tiny", overrides={"decoder.head_dim": 64, "decoder.mrope_section": [8, 12, 12]})
+    assert "segment_attention has kernels" in unfit(odd, torch.bfloat16)
 
 
 def test_storage_comes_back_and_nothing_of_it_is_read(checkpoint):

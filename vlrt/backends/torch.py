@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vlrt import config, positions
+from vlrt import config, ops, positions
 from vlrt.backends.captured import Captured, LastUsed
 from vlrt.backends.device_cache import DeviceCache, LentAttention, Pool, Storage
 from vlrt.backends.device_words import DeviceWords
@@ -43,7 +43,7 @@ class TorchBackend:
         threads: of PyTorch on the CPU, in the whole process; None: as they are.
 
     Raises:
-        BackendUnavailable: the device is not there.
+        BackendUnavailable: the device is not there, or has no kernels for the model.
         BundleError: a file is damaged, or weights are missing.
     """
 
@@ -68,7 +68,7 @@ class TorchBackend:
             device: "cpu", "cuda", or "auto".
 
         Raises:
-            BackendUnavailable: the device is not there.
+            BackendUnavailable: the device is not there, or has no kernels for the model.
         """
         made = cls.__new__(cls)
         table = fetch("model.embed_tokens.weight")
@@ -85,6 +85,8 @@ class TorchBackend:
         precision: str,
         device: torch.device,
     ) -> None:
+        if device.type == "cuda" and (reason := unfit(model, DTYPES[precision])):
+            raise BackendUnavailable(f"device 'cuda' cannot run this model: {reason}; pass device='cpu'")
         self.model, self.device = model, device
         self.precision, self._dtype = precision, DTYPES[precision]
         self.prefill_chunk, self.vision_chunk = SIZES[device.type]
@@ -214,6 +216,19 @@ class TorchBackend:
 
     def _upload(self, array: Any) -> Tensor:
         return upload(array, self.device)
+
+
+def unfit(model: config.Model, dtype: torch.dtype) -> str | None:
+    """Return why the kernels of a GPU cannot run a model, as a sentence, or None."""
+    decoder, vision = model.decoder, model.vision
+    for op, shape in (
+        ("video_attention_", (1, 1, decoder.num_heads, decoder.head_dim)),
+        ("segment_attention", (1, vision.num_heads, vision.head_dim)),
+        ("rms_norm", (1, decoder.hidden_size)),
+    ):
+        if reason := ops.supported(op, "cuda", dtype, shape):
+            return reason
+    return None
 
 
 def longest_prefill(decoder: config.Decoder, precision: str, memory_bytes: int) -> int:
