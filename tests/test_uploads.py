@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.bundles import QUESTION, QUICK, square
 from tests.videos import make
@@ -26,6 +27,16 @@ def model(make_checkpoint):
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     return make(tmp_path_factory.mktemp("clip") / "clip.mp4", frames=60)
+
+
+@pytest.fixture(scope="module")
+def pictures(clip, model, tmp_path_factory):
+    """The frames of the clip as image files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = [folder / f"{i}.png" for i in range(8)]
+    for path, picture in zip(paths, video.load(clip, model.video, model.vision, num_frames=8).data, strict=True):
+        Image.fromarray(picture).save(path)
+    return paths
 
 
 def upload(model, dtype=torch.float32):
@@ -59,12 +70,14 @@ class Recorded(FrameUpload):
 
 
 @pytest.mark.parametrize("piece", [1, 3, 1000])
-def test_frames_are_sent_while_others_are_decoded(model, clip, piece, monkeypatch):
+@pytest.mark.parametrize("kind", ["clip", "pictures"])
+def test_frames_are_sent_while_others_are_decoded(model, kind, piece, request, monkeypatch):
     """Catches a video that waits for its last frame, a frame sent twice or before it is there, a rest left behind."""
-    whole = video.load(clip, model.video, model.vision, num_frames=8)
+    source = request.getfixturevalue(kind)
+    whole = video.load(source, model.video, model.vision, num_frames=8)
     monkeypatch.setattr(uploads, "PIECE_BYTES", piece * whole.data[0].nbytes)
     made = Recorded(Cutter(model.vision, model.video, torch.float32, CPU))
-    frames = video.load(clip, model.video, model.vision, num_frames=8, target=made)
+    frames = video.load(source, model.video, model.vision, num_frames=8, target=made)
     np.testing.assert_array_equal(frames.data, whole.data)
     assert len(made.waited) == 8
     assert max(made.waited) < piece

@@ -78,7 +78,7 @@ class Frames:
 
 
 class Target(Protocol):
-    """Where the frames of a video file go as they are decoded."""
+    """Where the frames of a video go as they are decoded."""
 
     def begin(self, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
         """Return memory for all frames [T, H, W, 3]."""
@@ -128,7 +128,7 @@ def load(
         num_frames: uniform sampling of so many frames, in place of the setting; rounded to an even number. An image
             has one frame whatever it says.
         fps: sampling at so many frames per second, in place of the setting.
-        target: gives the memory for the frames of a video file, and learns of each; None: NumPy does.
+        target: gives the memory for a video's frames, and learns of each; None: NumPy does. Images need none.
 
     Raises:
         VideoError: no file, no video stream, damaged where frames are wanted, fewer frames than asked for (or than
@@ -139,7 +139,7 @@ def load(
     if isinstance(source, Frames):
         return source
     if isinstance(source, Sequence) and not isinstance(source, str | bytes | bytearray | memoryview):
-        return _load_list(source, video, vision, num_frames, fps)
+        return _load_list(source, video, vision, num_frames, fps, target or Memory())
     content, name = _checked_source(source, video)
     if is_image(content, name):
         data, height, width = read_image(content, name, video, lambda h, w: image_size(h, w, video, vision))
@@ -187,7 +187,12 @@ def _load_video(
 
 
 def _load_list(
-    sources: Sequence[Path], video: Video, vision: Vision, num_frames: int | None, fps: float | None
+    sources: Sequence[Path],
+    video: Video,
+    vision: Vision,
+    num_frames: int | None,
+    fps: float | None,
+    target: Target,
 ) -> Frames:
     """Read image files as the frames of a video: each at its own size, then all at one size."""
     if not sources:
@@ -207,13 +212,14 @@ def _load_list(
         )
         if i == 0:
             first, height, width = picture.shape[:2], rows, columns
-            data = np.empty((count, *frame_size(*first, count, video, vision), 3), np.uint8)
+            data = target.begin((count, *frame_size(*first, count, video, vision), 3))
         elif picture.shape[:2] != first:
             raise VideoError(
                 f"{name} is {rows} x {columns} pixels, the list's first image {height} x {width}; "
                 "accepted: images of one size. Resize them, or pass them one by one"
             )
         data[i] = resize(picture, (data.shape[1], data.shape[2]))
+        target.written(i + 1)
     sample_fps = count / len(sources) * rate
     return Frames(data, indices / rate, rate, len(sources) / rate, sample_fps, height, width)
 

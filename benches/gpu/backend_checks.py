@@ -117,5 +117,5 @@ def _eager(backend: TorchBackend, pixels: Tensor, grid: tuple[int, int, int]) ->
 
 
 def _near(out: Tensor, ref: Tensor) -> bool:
-    """Compare to a hundredth: libraries may multiply otherwise while they are recorded, and what is wrong is far off."""
+    """Compare to a hundredth: libraries may multiply otherwise while recorded, and what is wrong is far off."""
     return bool((out.float() - ref.float()).norm() <= 1e-2 * ref.float().norm())
