@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import triton
 
+from benches import interpreter
 from tests.closeness import assert_close
 from tests.interpreter import interpreted
 from vlrt import config, preprocess
@@ -355,3 +357,22 @@ def test_what_a_kernel_would_misread_is_refused(case):
     run, reason = MISREAD[case]
     with pytest.raises(ValueError, match=reason):
         run()
+
+
+@interpreted
+def test_the_interpreter_of_older_triton_counts_its_loops():
+    """Catches bounds of loops that NumPy 2.4 does not make integers of, as Triton 3.6 asks it to."""
+    theirs = triton.runtime.interpreter
+    newer = theirs._patch_lang_tensor
+
+    def older(tensor, scope):
+        newer(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "_patch_lang_tensor", older)
+        with pytest.raises(triton.runtime.errors.InterpreterError, match="0-dimensional"):
+            Injection().check()
+        patch.setattr(triton, "__version__", "3.6.0")
+        interpreter.start()
+        Injection().check()
