@@ -101,6 +101,14 @@ def test_fakes_tell_shape_dtype_and_strides(name, size, dtype):
         assert strides(fake) == strides(out)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_patches_have_the_dtype_that_is_asked_for(dtype):
+    """Catches a result, or a fake of it, in the dtype of the mean; and one that was rounded before its end."""
+    given = patchify(3, torch.float32)
+    opcheck(op_of("patchify"), (*given, dtype))
+    assert torch.equal(op_of("patchify")(*given, dtype), op_of("patchify")(*given).to(dtype))
+
+
 def strides(x):
     """Of the axes that have any: PyTorch lets the stride of an axis of size 1 be anything."""
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
