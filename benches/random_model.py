@@ -31,6 +31,9 @@ def model_config(setting: Setting) -> config.Model:
     overrides = {"text_position_after_video": "spatial"}
     if setting.tiny:
         overrides |= {"decoder.num_layers": 2, "vision.depth": 2, "vision.full_attention_layers": [1]}
+        # Head dims that the kernels take, so that the trial also runs on a card.
+        overrides |= {"decoder.hidden_size": 256, "decoder.head_dim": 64, "decoder.mrope_section": [8, 12, 12]}
+        overrides |= {"vision.hidden_size": 256, "vision.out_hidden_size": 256}
     return fresh.fresh_model(setting.pick("7b", "tiny"), latent=latent, overrides=overrides)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import vlrt
 from vlrt import bundle, config, prompt
-from vlrt.backends import select
+from vlrt.backends import fp8, select
 from vlrt.backends.reference import ReferenceBackend
 from vlrt.bundle import BackendName, Bundle, Manifest, Precision, Table
 from vlrt.checkpoint import Checkpoint, expected_tensors
@@ -67,8 +67,7 @@ def export(
     tell = progress or (lambda label, fraction: None)
     checkpoint = Checkpoint.open(checkpoint_path)
     tokenizer = _tokenizer(checkpoint)
-    if engine == "ort":
-        _check_supported(checkpoint.model)
+    _check_supported(checkpoint.model, engine, kind)
     target = Path(out) if out is not None else Path(f"{checkpoint.name}.vlrt")
     with bundle.writing(target) as directory:
         _check_disk(directory, checkpoint, kind)
@@ -179,9 +178,14 @@ def _tokenizer(checkpoint: Checkpoint) -> prompt.Tokenizer:
     return tokenizer
 
 
-def _check_supported(cfg: config.Model) -> None:
-    """Refuse what ONNX Runtime's attention cannot run."""
-    if cfg.decoder.head_dim % 16:
+def _check_supported(cfg: config.Model, engine: BackendName, precision: Precision) -> None:
+    """Refuse what ONNX Runtime's attention, or fp8 products, cannot run."""
+    decoder = cfg.decoder
+    heads, kv_heads = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    widths = decoder.hidden_size, heads, heads + 2 * kv_heads, decoder.intermediate_size
+    if precision == "fp8" and (reason := fp8.unsupported(*widths)):
+        raise ExportError(f"{reason}; export with --precision bf16")
+    if engine == "ort" and cfg.decoder.head_dim % 16:
         raise ExportError(
             f"decoder.head_dim is {cfg.decoder.head_dim}; the ort backend's GroupQueryAttention takes multiples of 16"
         )

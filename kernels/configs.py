@@ -33,7 +33,8 @@ class Compilation(NamedTuple):
     options: dict[str, Any]
 
 
-TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # what kernels compute in
+TRITON_TYPES = {**FLOATS, torch.int32: "i32", torch.uint8: "u8"}
 
 
 def compilation(
@@ -44,19 +45,21 @@ def compilation(
     options: Mapping[str, Any],
     pointers: Mapping[str, torch.dtype] | None = None,
     descriptors: Mapping[str, tuple[int, int]] | None = None,
+    multiples: Collection[str] = (),
 ) -> Compilation:
     """Describe a kernel for `triton.compile`, its arguments typed by their names: `p_` pointers, strides, int sizes.
 
-    16 divides pointers and strides, and nothing is known of sizes.
+    16 divides pointers and strides, and the sizes that are named; nothing is known of the others.
 
     Args:
         kernel: a `triton.jit` function.
         arch: one of ARCHITECTURES.
         dtype: of what its pointers point to, `pointers` aside.
-        constexprs: their values.
+        constexprs: their values; of a pointer that is left out, None.
         options: for Triton's compiler.
         pointers: dtypes of the pointers that differ.
         descriptors: block shapes of the arguments that are tensor descriptors.
+        multiples: sizes that 16 divides.
     """
     of_pointers = {name: dtype for name in kernel.arg_names if name.startswith("p_")} | dict(pointers or {})
     runtime = [name for name in kernel.arg_names if name not in constexprs]
@@ -64,15 +67,16 @@ def compilation(
     for name, block in (descriptors or {}).items():
         if name in signature:
             signature[name] = f"tensordesc<{TRITON_TYPES[dtype]}{list(block)}>"
-    aligned = [name for name in runtime if name.startswith(("p_", "stride_"))]
+    aligned = [name for name in runtime if name.startswith(("p_", "stride_")) or name in multiples]
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     words = (
         f"{key.lower()}={value}"
         for key, value in constexprs.items()
-        if value is not None and key not in ("SCALE", "ALIGN")
+        if value is not None and key not in ("SCALE", "ALIGN", "EPS")
     )
+    absent = (f"no_{key[2:]}" for key, value in constexprs.items() if value is None and key.startswith("p_"))
     stages = (f"{key.removeprefix('num_')}={value}" for key, value in options.items() if key.startswith("num_"))
-    name = "-".join((kernel.__name__, f"sm_{arch}", TRITON_TYPES[dtype], *words, *stages))
+    name = "-".join((kernel.__name__, f"sm_{arch}", TRITON_TYPES[dtype], *words, *absent, *stages))
     return Compilation(name, kernel, arch, signature, dict(constexprs), tuple(aligned), dict(options))
 
 

@@ -13,7 +13,8 @@ In two launches every column block computes the attention weights of its head an
 For heads of 64 to 256 and some temporal patches that is little; where it is not (`scores_apart`), a launch between the
 two computes them once.
 
-Not supported: fp64, weights with gaps between rows, z that overlaps h. Sources: docs/latents.md; `latent_kernels.py`.
+Not supported: fp64, weights with gaps between rows, z that overlaps h. Sources: docs/latents.md;
+`latent_expand.py`, `latent_mix.py`.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ import triton
 from torch import Tensor
 
 from vlrt.kernels import configs, launch
-from vlrt.kernels.latent_kernels import expand_kernel, mix_kernel, score_kernel
+from vlrt.kernels.latent_expand import expand_kernel
+from vlrt.kernels.latent_mix import mix_kernel, score_kernel
 
 LOG2_E = 1.4426950408889634
 
@@ -219,33 +221,29 @@ def _launch(h: Tensor, module: Module, eps: float, z: Tensor, start: Tensor | No
         )
 
 
-def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Yield (kernel, signature, constexprs, options) of every configuration that ships."""
-    for dtype in launch.FLOATS:
+def compilations(arch: int) -> Iterator[configs.Compilation]:
+    """Yield the kernels of this file in every configuration that ships."""
+    floats, integers = torch.float32, torch.int32
+    for dtype in configs.FLOATS:
         for num_rows in (1, 16, 32):
             tile = tiles(num_rows, dtype)
-            for kernel, signature, constexprs in _signatures(f"*{launch.FLOATS[dtype]}", tile):
-                yield kernel, signature | dict.fromkeys(constexprs, "constexpr"), constexprs, tile.options
+            sizes = {"BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
 
+            def compilation(
+                kernel: Any,
+                constexprs: dict[str, Any],
+                pointers: dict[str, torch.dtype],
+                dtype: torch.dtype = dtype,
+                tile: Tiles = tile,
+            ) -> configs.Compilation:
+                given = (arch, dtype, constexprs, tile.options, pointers)
+                return configs.compilation(kernel, *given, multiples=("C", "inner", "D"))
 
-def _signatures(dtype: str, tile: Tiles) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
-    signature = dict.fromkeys(("p_h", "p_norm", "p_fc1", "p_q_proj", "p_inner", "p_q"), dtype)
-    signature |= {"p_rstd": "*fp32", "p_counters": "*i32"}
-    signature |= dict.fromkeys(("stride_hb", "stride_hl", "R", "L", "C", "inner"), "i32")
-    blocks = {"BLOCK_R": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth}
-    yield expand_kernel, signature, {"EPS": 1e-6, **blocks}
-
-    signature = {"p_q": dtype, "p_k": dtype, "p_scores": "*fp32"}
-    signature |= dict.fromkeys(("stride_kb", "stride_kt", "L", "T", "C", "D"), "i32")
-    yield score_kernel, signature, {"BLOCK_L": tile.rows, "BLOCK_K": tile.depth, "BLOCK_T": tile.steps}
-
-    floats = ("p_h", "p_norm_in", "p_fc2", "p_k", "p_v", "p_alpha", "p_norm_out", "p_rho", "p_inner", "p_q")
-    signature = dict.fromkeys(floats, dtype)
-    signature |= dict.fromkeys(("p_scores", "p_rstd", "p_mixed", "p_squares"), "*fp32")
-    signature |= {"p_counters": "*i32", "p_z": dtype, "p_start": "*i32"}
-    strides = ("stride_hb", "stride_hl", "stride_kb", "stride_kt", "stride_vb", "stride_vt", "stride_zb", "stride_zs")
-    signature |= dict.fromkeys((*strides, "L", "S", "T", "C", "inner", "D"), "i32")
-    constexprs: dict[str, Any] = {"EPS": 1e-6, "SCALE": LOG2_E * 128**-0.5, "BLOCK_L": tile.rows}
-    constexprs |= {"BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "BLOCK_T": tile.steps}
-    for apart in (True, False):
-        yield mix_kernel, signature, constexprs if apart else {"p_scores": None, **constexprs}
+            pointers = {"p_rstd": floats, "p_counters": integers}
+            yield compilation(expand_kernel, {"EPS": 1e-6, "BLOCK_R": tile.rows, **sizes}, pointers)
+            blocks = {"BLOCK_L": tile.rows, "BLOCK_K": tile.depth, "BLOCK_T": tile.steps}
+            yield compilation(score_kernel, blocks, {"p_scores": floats})
+            pointers |= dict.fromkeys(("p_scores", "p_mixed", "p_squares"), floats) | {"p_start": integers}
+            for absent in ({}, {"p_scores": None}):
+                constexprs = {"EPS": 1e-6, "SCALE": LOG2_E * 128**-0.5, **blocks, **sizes, **absent}
+                yield compilation(mix_kernel, constexprs, pointers)

@@ -1,4 +1,4 @@
-"""What the launchers of the small kernels share: the dtypes they take, rows of a tensor, the device to launch on.
+"""What launchers share: the dtypes they take, rows of a tensor, the device to launch on.
 
 Knows no op. Not a kernel.
 """
@@ -9,14 +9,14 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-FLOATS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+from vlrt.kernels.configs import FLOATS
 
 
 def unsupported_dtype(op: str, dtype: torch.dtype) -> str | None:
     """Return why an op takes no tensors of a dtype on a GPU, or None."""
     if dtype in FLOATS:
         return None
-    return f"{op} on 'cuda' takes {', '.join(str(known) for known in FLOATS)}, not {dtype}"
+    return f"{op} on 'cuda' takes {', '.join(map(str, FLOATS))}, not {dtype}"
 
 
 def rows(x: Tensor) -> Tensor:

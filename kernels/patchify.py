@@ -2,8 +2,8 @@
 
     out[n, (channel, frame, row, column)] = (frames / 255 - mean) / std
 
-Shapes: frames [T, H, W, 3] uint8, any strides; mean, std [3]; out [N, 3 * temporal_patch_size * patch_size**2] in the
-dtype of mean, patches in the order (time, window row, window column, row, column in the window). Resizing and the
+Shapes: frames [T, H, W, 3] uint8, any strides; mean, std [3]; out [N, 3 * temporal_patch_size * patch_size**2] in
+a dtype of its own, patches in the order (time, window row, window column, row, column in the window). Resizing and the
 padding of T happen outside. A window's patches are one dense stretch of the output: each program writes a block of it.
 
 Arithmetic is fp32 with a true division and without fused multiply-add, so that it equals
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlrt.kernels import launch
+from vlrt.kernels import configs, launch
 
 BLOCK = 1024  # a window of Qwen2.5-VL is 4704 values: 5 blocks, 8 % of the lanes idle
 OPTIONS: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
@@ -81,15 +81,22 @@ def supported(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None
 
 
 def patchify(
-    frames: Tensor, mean: Tensor, std: Tensor, patch_size: int, temporal_patch_size: int, merge_size: int
+    frames: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    patch_size: int,
+    temporal_patch_size: int,
+    merge_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Launch `reference.patchify`: frames [T, H, W, 3] uint8, mean and std [3] of the dtype of the result.
+    """Launch `reference.patchify`: frames [T, H, W, 3] uint8, mean and std [3]; dtype None: that of mean.
 
     Raises:
         ValueError: T, H or W is no multiple of what it must be, or the tensors do not fit the kernel.
     """
     reason = supported("patchify", frames.dtype, tuple(frames.shape))
-    reason = reason or launch.unsupported_dtype("patchify", mean.dtype)
+    dtype = mean.dtype if dtype is None else dtype
+    reason = reason or launch.unsupported_dtype("patchify", mean.dtype) or launch.unsupported_dtype("patchify", dtype)
     launch.require(reason is None, reason or "")
     launch.require_alike("patchify", mean, (std,))
     launch.require(mean.shape == std.shape == (3,), f"mean is {list(mean.shape)} and std {list(std.shape)}, not [3]")
@@ -103,7 +110,7 @@ def patchify(
     patch_dim = 3 * temporal_patch_size * patch_size**2
     num_rows, num_columns = height // side, width // side
     num_windows = count // temporal_patch_size * num_rows * num_columns
-    out = mean.new_empty(num_windows * merge_size**2, patch_dim)
+    out = mean.new_empty(num_windows * merge_size**2, patch_dim, dtype=dtype)
     if num_windows:
         grid = (num_windows, triton.cdiv(merge_size**2 * patch_dim, BLOCK))
         sizes = (patch_size, temporal_patch_size, merge_size, BLOCK)
@@ -113,12 +120,10 @@ def patchify(
     return out
 
 
-def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Yield (kernel, signature, constexprs, options) of every configuration that ships."""
-    integers = ("stride_t", "stride_h", "stride_w", "stride_c", "num_window_rows", "num_window_columns")
+def compilations(arch: int) -> Iterator[configs.Compilation]:
+    """Yield the kernels of this file in every configuration that ships."""
     for patch, steps, merge in SHIPPED:
         constexprs = {"PATCH": patch, "STEPS": steps, "MERGE": merge, "BLOCK": BLOCK}
-        for dtype in launch.FLOATS.values():
-            pointers = {"p_frames": "*u8"} | dict.fromkeys(("p_mean", "p_std", "p_out"), f"*{dtype}")
-            signature = pointers | dict.fromkeys(integers, "i32") | dict.fromkeys(constexprs, "constexpr")
-            yield patchify_kernel, signature, constexprs, OPTIONS
+        for dtype in configs.FLOATS:
+            pointers = {"p_frames": torch.uint8, "p_mean": torch.float32, "p_std": torch.float32}
+            yield configs.compilation(patchify_kernel, arch, dtype, constexprs, OPTIONS, pointers)

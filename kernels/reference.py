@@ -166,17 +166,24 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def patchify(
-    frames: Tensor, mean: Tensor, std: Tensor, patch_size: int, temporal_patch_size: int, merge_size: int
+    frames: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    patch_size: int,
+    temporal_patch_size: int,
+    merge_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Normalise frames and cut them into patches, in the order of merge windows: `vlrt.preprocess.patchify`.
 
     Args:
         frames: [T, H, W, 3] uint8; T a multiple of temporal_patch_size, H and W of patch_size * merge_size.
-        mean: [3], of the dtype of the result.
+        mean: [3].
         std: [3].
         patch_size: rows and columns of a patch.
         temporal_patch_size: frames of a patch.
         merge_size: rows and columns of patches in a window.
+        dtype: of the result; None: that of mean.
 
     Returns:
         [N, 3 * temporal_patch_size * patch_size**2]: per patch channel, frame, row, column.
@@ -188,7 +195,7 @@ def patchify(
     levels = (frames.to(high) * (1 / 255) - mean.to(high)) / std.to(high)
     blocks = levels.reshape(count // steps, steps, rows // merge, merge, size, columns // merge, merge, size, channels)
     ordered = blocks.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
-    return ordered.reshape(count // steps * rows * columns, -1).to(mean.dtype).contiguous()
+    return ordered.reshape(count // steps * rows * columns, -1).to(mean.dtype if dtype is None else dtype).contiguous()
 
 
 def latent_injection(

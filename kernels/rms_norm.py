@@ -109,15 +109,12 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, added: Tensor | 
         )
 
 
-def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Yield (kernel, signature, constexprs, options) of every configuration that ships."""
-    integers = dict.fromkeys(("stride_x", "stride_residual", "C"), "i32")
+def compilations(arch: int) -> Iterator[configs.Compilation]:
+    """Yield the kernels of this file in every configuration that ships."""
     for block in sorted({triton.next_power_of_2(width) for width in WIDTHS}):
-        for dtype in launch.FLOATS.values():
-            for adds in (False, True):
-                pointers = dict.fromkeys(("p_x", "p_residual", "p_weight", "p_sum", "p_out"), f"*{dtype}")
-                constexprs: dict[str, Any] = {"EPS": 1e-6, "BLOCK_C": block}
-                if not adds:
-                    constexprs |= {"p_residual": None, "p_sum": None}
-                signature = pointers | integers | dict.fromkeys(constexprs, "constexpr")
-                yield rms_norm_kernel, signature, constexprs, options(block)
+        for dtype in configs.FLOATS:
+            constexprs: dict[str, Any] = {"EPS": 1e-6, "BLOCK_C": block}
+            for absent in ({}, {"p_residual": None, "p_sum": None}):
+                yield configs.compilation(
+                    rms_norm_kernel, arch, dtype, absent | constexprs, options(block), multiples=["C"]
+                )

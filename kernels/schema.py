@@ -34,7 +34,8 @@ SCHEMAS = {
     "add_rms_norm": "(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     "swiglu": "(Tensor gate, Tensor up) -> Tensor",
     "patchify": (
-        "(Tensor frames, Tensor mean, Tensor std, int patch_size, int temporal_patch_size, int merge_size) -> Tensor"
+        "(Tensor frames, Tensor mean, Tensor std, int patch_size, int temporal_patch_size, int merge_size,"
+        " ScalarType? dtype=None) -> Tensor"
     ),
 }
 
@@ -75,12 +76,18 @@ def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 
 
 def _patchify_fake(
-    frames: Tensor, mean: Tensor, std: Tensor, patch_size: int, temporal_patch_size: int, merge_size: int
+    frames: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    patch_size: int,
+    temporal_patch_size: int,
+    merge_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     num_frames, height, width, channels = frames.shape
     patch_dim = channels * temporal_patch_size * patch_size**2
     num_patches = num_frames // temporal_patch_size * (height // patch_size) * (width // patch_size)
-    return mean.new_empty(num_patches, patch_dim)
+    return mean.new_empty(num_patches, patch_dim, dtype=dtype)
 
 
 def _launcher(name: str) -> Callable[..., Any]:

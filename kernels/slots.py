@@ -11,11 +11,12 @@ Not supported: fp64, C beyond 32768, embeds that overlaps h. Source: docs/latent
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlrt.kernels import launch, rms_norm
+from vlrt.kernels import configs, launch, rms_norm
 
 
 @triton.jit
@@ -88,15 +89,11 @@ def _launch(h: Tensor, rho: Tensor | None, eps: float, embeds: Tensor, start: in
         )
 
 
-def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Yield (kernel, signature, constexprs, options) of every configuration that ships."""
-    integers = ("stride_hb", "stride_hl", "stride_zb", "stride_zs", "L", "S", "C")
+def compilations(arch: int) -> Iterator[configs.Compilation]:
+    """Yield the kernels of this file in every configuration that ships."""
     for block in (4096, 8192):  # the decoders of 7B and 72B
-        for dtype in launch.FLOATS.values():
-            for normalises in (False, True):
-                pointers = dict.fromkeys(("p_h", "p_rho", "p_z"), f"*{dtype}") | {"p_start": "*i32"}
-                constexprs: dict[str, Any] = {"EPS": 1e-6, "BLOCK_C": block}
-                if not normalises:
-                    constexprs["p_rho"] = None
-                signature = pointers | dict.fromkeys(integers, "i32") | dict.fromkeys(constexprs, "constexpr")
-                yield slots_kernel, signature, constexprs, rms_norm.options(block)
+        for dtype in configs.FLOATS:
+            for absent in ({}, {"p_rho": None}):
+                constexprs: dict[str, Any] = {**absent, "EPS": 1e-6, "BLOCK_C": block}
+                options, pointers = rms_norm.options(block), {"p_start": torch.int32}
+                yield configs.compilation(slots_kernel, arch, dtype, constexprs, options, pointers, multiples=["C"])

@@ -58,9 +58,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def compilations() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Yield (kernel, signature, constexprs, options) of every configuration that ships."""
-    integers = dict.fromkeys(("stride_gate", "stride_up", "width"), "i32")
-    for dtype in launch.FLOATS.values():
-        pointers = dict.fromkeys(("p_gate", "p_up", "p_out"), f"*{dtype}")
-        yield swiglu_kernel, pointers | integers | {"BLOCK_I": "constexpr"}, {"BLOCK_I": BLOCK_I}, OPTIONS
+def compilations(arch: int) -> Iterator[configs.Compilation]:
+    """Yield the kernels of this file in every configuration that ships."""
+    for dtype in configs.FLOATS:
+        yield configs.compilation(swiglu_kernel, arch, dtype, {"BLOCK_I": BLOCK_I}, OPTIONS, multiples=["width"])

@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from vlrt.kernels import launch
+
 HEAD_DIMS = (64, 72, 80, 96, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x log2(e)): exp2 is the GPU's own instruction
 # A running maximum that stays finite: -inf - -inf would be NaN in rows that have seen no key.
 NO_MAXIMUM = tl.constexpr(-1.0e30)
@@ -33,8 +34,8 @@ def softmax_scale(head_dim: int) -> float:
 
 def unsupported(op: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Say why no attention kernel takes a dtype and head dim, or None."""
-    if dtype not in DTYPES:
-        return f"{op} takes bfloat16, float16 or float32 on a GPU, not {str(dtype).removeprefix('torch.')}"
+    if reason := launch.unsupported_dtype(op, dtype):
+        return reason
     if head_dim not in HEAD_DIMS:
         return f"{op} has kernels for head dims {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     return None

@@ -8,6 +8,7 @@ row by row, so that the same sequence gives the same bits however it was cut int
 import numpy as np
 
 from vlrt import fresh
+from vlrt.backends.greedy import HostWords
 from vlrt.kv_cache import KVCache
 
 WIDTH = 16
@@ -42,6 +43,9 @@ class FakeBackend:
         self.queries_of = random.standard_normal((64, WIDTH)).astype(np.float32)
         self.decoded, self.row_reads, self.full_reads = [], [], []
 
+    def frame_upload(self):
+        return None
+
     def encode(self, pixels, grid_thw):
         return pixels[: len(pixels) // self.model.vision.spatial_merge_size**2, :WIDTH]
 
@@ -69,6 +73,9 @@ class FakeBackend:
     def logits(self, hidden):
         self.full_reads.append(len(hidden))
         return self._logits(hidden)
+
+    def words(self, seen=(), penalty=1.0):
+        return HostWords(self.logits, seen, penalty)
 
     def row_logits(self, hidden, ids):
         assert hidden.shape == (1, WIDTH)

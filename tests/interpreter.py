@@ -1,13 +1,13 @@
 """Runs tests of Triton kernels in a process of their own, in which Triton interprets kernels on the CPU.
 
-Triton decides that when it is imported, which another test of this process may have done long ago.
+Triton decides that when it is imported, which another test of this process may have done long ago. What a kernel or its
+launcher leaves uninitialised is NaN there (floats) or the largest integer.
 """
 
 import concurrent.futures
 import functools
 import importlib
 import multiprocessing
-import os
 
 
 def interpreted(test):
@@ -27,7 +27,13 @@ def _worker():
 
 
 def _start():
-    os.environ["TRITON_INTERPRET"] = "1"
+    from benches import interpreter
+
+    interpreter.start()
+    import torch
+
+    torch.use_deterministic_algorithms(True)  # fills what is not initialised
+    assert torch.empty(3).isnan().all()
 
 
 def _call(module, name, args, kwargs):

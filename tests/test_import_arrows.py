@@ -40,7 +40,11 @@ ARROWS = {
     "models": [*BASE, "ops", "latent"],
     "backends": [*BASE, "bundle", "names", "kv_cache", "positions", "processor"],
     "backends.reference": [*BASE, "kv_cache", "positions", "checkpoint", "models"],
-    "backends.torch": [*BASE, "bundle", "kv_cache", "positions", "models"],
+    "backends.torch": [*BASE, "bundle", "kv_cache", "positions", "models", "ops"],
+    "backends.uploads": ["config", "ops"],
+    "backends.greedy": [],
+    "backends.device_words": [],
+    "encoding": [*CORE, "answer", "backends"],
     "backends.fused_decoder": [*BASE, "models", "ops"],
     "backends.device_cache": [*BASE, "kv_cache", "ops"],
     "backends.captured": [],
@@ -57,12 +61,13 @@ ARROWS = {
     "lanes": [*CORE, "backends", "generate"],
     "together": [*CORE, "answer", "backends", "generate", "lanes", "memory", "request"],
     "session": [*CORE, "answer", "memory", "request", "saved_clip", "together"],
-    "live": [*CORE, "answer", "backends.base", "generate", "memory", "request", "session"],
+    "live": [*CORE, "answer", "backends.base", "encoding", "generate", "memory", "request", "session"],
     "runtime": [
         *CORE,
         "answer",
         "backends",
         "content",
+        "encoding",
         "live",
         "memory",
         "request",
@@ -128,6 +133,8 @@ NEEDS_AN_ENGINE = {
     "backends.device_cache",
     "backends.captured",
     "backends.fp8",
+    "backends.uploads",
+    "backends.device_words",
 }
 LOADS_TORCH_WHEN_ASKED_FOR_A_TENSOR = {"checkpoint"}
 SAYS_ITS_VERSION = {"cli", "doctor", "export.exporter"}

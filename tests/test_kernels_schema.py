@@ -101,6 +101,14 @@ def test_fakes_tell_shape_dtype_and_strides(name, size, dtype):
         assert strides(fake) == strides(out)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_patches_have_the_dtype_that_is_asked_for(dtype):
+    """Catches a result, or a fake of it, in the dtype of the mean; and one that was rounded before its end."""
+    given = patchify(3, torch.float32)
+    opcheck(op_of("patchify"), (*given, dtype))
+    assert torch.equal(op_of("patchify")(*given, dtype), op_of("patchify")(*given).to(dtype))
+
+
 def strides(x):
     """Of the axes that have any: PyTorch lets the stride of an axis of size 1 be anything."""
     return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
@@ -158,7 +166,7 @@ def test_a_gradient_is_asked_of_some_inputs_only():
         (("latent_injection", "cuda", torch.float32, (1, 4, 8)), None),
         (("latent_injection", "cuda", torch.float32, (4, 8)), "[B, L, C]"),
         (("video_attention_", "cuda", torch.bfloat16, (1, 5, 4, 128)), None),
-        (("video_attention", "cuda", torch.float64, (1, 5, 4, 128)), "not float64"),
+        (("video_attention", "cuda", torch.float64, (1, 5, 4, 128)), "not torch.float64"),
         (("segment_attention", "cuda", torch.float16, (5, 4, 80)), None),
         (("segment_attention", "cuda", torch.float16, (5, 4, 48)), "head dims 64, 72, 80, 96, 128, not 48"),
         (("rms_norm", "cpu", torch.int32, (1, 8)), "torch.int32"),

@@ -107,7 +107,7 @@ def test_an_error_in_an_answer_leaves_the_video_usable(runtimes, clip, monkeypat
     ref = fresh.ask(clip, QUESTION, num_frames=8, **FORCED)
     with fresh.open_video(clip, num_frames=8) as opened:
         with monkeypatch.context() as patched:
-            patched.setattr(fresh._backend, "logits", lambda hidden: 1 / 0)
+            patched.setattr(fresh._backend, "words", lambda *given: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 opened.ask(QUESTION, **FORCED)
         out = opened.ask(QUESTION, **FORCED)

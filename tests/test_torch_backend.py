@@ -8,11 +8,13 @@ import torch
 
 from tests.bundles import QUESTION, QUICK, square, torch_runtime
 from tests.closeness import assert_close
+from vlrt import fresh
 from vlrt.backends.device_cache import SLOTS, Pool
 from vlrt.backends.fp8 import fp8_linear, to_fp8
-from vlrt.backends.fused_decoder import FusedDecoder
+from vlrt.backends.fused_decoder import FusedDecoder, linear
+from vlrt.backends.torch import longest_prefill, unfit
 from vlrt.bundle import Bundle
-from vlrt.errors import BackendUnavailable, BundleError, ConfigError
+from vlrt.errors import BackendUnavailable, BundleError, ConfigError, ExportError
 from vlrt.export import exporter
 from vlrt.models import registry
 from vlrt.models.decoder import FullAttention
@@ -97,6 +99,40 @@ def test_fp8_products_are_those_of_the_rounded_values(shape):
     normal = weight.abs() > weight.abs().amax(-1, keepdim=True) / 448 * 2**-6  # below, steps are equal
     error = (small.double() * scale[:, None] - weight) / weight
     assert error[normal].abs().max() <= 2**-4 + 1e-6  # of 3 bits behind the first
+
+
+def test_widths_that_no_card_multiplies_in_fp8_are_refused(make_checkpoint, tmp_path):
+    """Catches a bundle that answers on the CPU, where it was checked, and fails on every card."""
+    odd = make_checkpoint(overrides={**QUICK, "decoder.intermediate_size": 120})
+    with pytest.raises(ExportError, match=r"multiples of 16, not 120; export with --precision bf16"):
+        exporter.export(odd.path, tmp_path / "b", backend="torch", precision="fp8")
+    assert not any(tmp_path.iterdir())
+    small, scale = to_fp8(torch.ones(24, 32))
+    weights = {"up.weight": small, "up.weight.scale": scale}
+    with pytest.raises(ConfigError, match=r"up: fp8 products .* not 24"):
+        linear(["up"], weights.get, torch.bfloat16, torch.device("cpu"), has_bias=False)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize(("shape", "least_gib"), [("3b", 16), ("7b", 24)])
+def test_a_long_video_and_its_question_are_one_pass_where_there_is_memory(shape, least_gib, precision):
+    """Catches weights that are read twice for a few words, and activations that take a small card's memory."""
+    decoder = fresh.fresh_model(shape).decoder
+    assert longest_prefill(decoder, precision, 2**40) == 16_384
+    assert longest_prefill(decoder, precision, 2**30) == 2048
+    assert longest_prefill(decoder, "bf16", least_gib * 2**30) > 8192 + 512
+    sizes = [longest_prefill(decoder, precision, gib * 2**30) for gib in (4, 8, 16, 24, 80)]
+    assert sizes == sorted(sizes)
+    assert all(2 * size * 2 * decoder.intermediate_size < 4 * 2**30 for size in sizes)
+
+
+def test_models_without_kernels_are_refused_by_name():
+    """Catches a model that opens on a card, and fails at its first question."""
+    assert unfit(fresh.fresh_model("7b"), torch.bfloat16) is None
+    assert unfit(fresh.fresh_model("3b"), torch.float32) is None
+    assert "video_attention_ has kernels for head dims 64, 72" in unfit(fresh.fresh_model("tiny"), torch.bfloat16)
+    odd = fresh.fresh_model("tiny", overrides={"decoder.head_dim": 64, "decoder.mrope_section": [8, 12, 12]})
+    assert "segment_attention has kernels" in unfit(odd, torch.bfloat16)
 
 
 def test_storage_comes_back_and_nothing_of_it_is_read(checkpoint):

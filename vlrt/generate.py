@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlrt import choices, config, latent, positions, prompt
-from vlrt.backends.base import Array, Backend
+from vlrt.backends.base import NO_NUMBER, Array, Backend, Words
 from vlrt.errors import BundleError, ConfigError
 from vlrt.kv_cache import KVCache
 
@@ -210,21 +210,14 @@ class Writer:
         Raises:
             BundleError: the model computes no numbers.
         """
-        known = set(seen)
+        words = self._backend.words(seen, penalty)
         for count in range(max_tokens):
-            logits = self._logits()
-            if penalty != 1 and known:
-                logits = _penalised(logits, np.array(sorted(known), np.int64), penalty)
-            if count < min_tokens:
-                logits = logits.copy()
-                logits[list(eos)] = -np.inf
-            token_id = int(logits.argmax())  # of the first NaN, where there is one
-            if np.isnan(logits[token_id]):
+            token_id = self._word(words, eos if count < min_tokens else ())
+            if token_id == NO_NUMBER:
                 raise BundleError(_NO_NUMBERS)
             if token_id in eos:
                 return
             self._pending = [token_id]
-            known.add(token_id)
             yield token_id
 
     def take_back(self) -> None:
@@ -246,10 +239,9 @@ class Writer:
             raise BundleError(_NO_NUMBERS)
         return scores
 
-    def _logits(self) -> NDArray[np.float32]:
-        """Return the logits [V] of the next token."""
-        row: NDArray[np.float32] = self._backend.logits(self._settle([]))[0]
-        return row
+    def _word(self, words: Words, banned: Sequence[int]) -> int:
+        """Return the next token, or NO_NUMBER."""
+        return words(self._settle([]), banned)
 
     def _settle(self, more: Sequence[int]) -> Array:
         """Feed what was answered but not fed yet, and `more`; return the last hidden state [1, C]."""
@@ -275,12 +267,4 @@ class Writer:
         return self._backend.decode(self._cache, embeds, cos, sin)
 
     def _predicts(self, hidden: Array, plan: Any) -> bool:
-        return int(self._backend.logits(hidden)[0].argmax()) == int(plan.end_token_id)
-
-
-def _penalised(logits: NDArray[np.float32], ids: NDArray[np.int64], penalty: float) -> NDArray[np.float32]:
-    """Return logits [V] with those of `ids` made less likely."""
-    logits = logits.copy()
-    values = logits[ids]
-    logits[ids] = np.where(values < 0, values * np.float32(penalty), values / np.float32(penalty))
-    return logits
+        return self._backend.words()(hidden) == int(plan.end_token_id)

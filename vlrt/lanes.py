@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlrt import latent, positions
-from vlrt.backends.base import Backend
+from vlrt.backends.base import Backend, Words
+from vlrt.backends.greedy import HostWords
 from vlrt.generate import Context, Writer
 from vlrt.kv_cache import KVCache
 
@@ -52,11 +53,12 @@ class Lane(Writer):
         lanes = np.full(len(embeds), self.number, np.int32)
         return self._backend.decode(self._cache, embeds, cos, sin, lanes)
 
-    def _logits(self) -> Floats:
+    def _word(self, words: Words, banned: Sequence[int]) -> int:
         if self._next is None:
-            return super()._logits()
+            return super()._word(words, banned)
         logits, self._next = self._next, None
-        return logits
+        assert isinstance(words, HostWords), "backends with lanes have their logits in host memory"
+        return words.pick(logits, banned)
 
 
 class Abreast:

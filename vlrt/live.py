@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from vlrt import config, preprocess, prompt, request
 from vlrt.answer import Clock
 from vlrt.backends.base import Array, Backend
+from vlrt.encoding import encode
 from vlrt.errors import ConfigError, VideoError
 from vlrt.generate import Writer, read
 from vlrt.memory import SLACK, Memory, Shown, build, video_end
@@ -77,7 +78,6 @@ class LiveMemory(Memory):
         tokenizer: of the model.
         fps: of the frames.
         window: what is kept of them.
-        encode: runs the vision tower over frames at the model's size, T a multiple of `temporal_patch_size`.
 
     Raises:
         ConfigError: the window is shorter than a temporal patch.
@@ -91,14 +91,13 @@ class LiveMemory(Memory):
         tokenizer: prompt.Tokenizer,
         fps: float,
         window: Window,
-        encode: Callable[[Frames], Array],
     ) -> None:
         self._like = Frames.from_array(np.zeros((1, 1, 1, 3), np.uint8), fps=fps)  # the frames, but for their data
         self._seconds = preprocess.seconds_per_temporal_patch(self._like, model.vision)
         if window.seconds is not None:
             window.max_patches(self._seconds, 1)
         super().__init__(backend, model, tokenizer, Shown(prompt.Media(False, (0, 0, 0), self._seconds), 0), None)
-        self._window, self._encode = window, encode
+        self._window = window
         self._steps = model.vision.temporal_patch_size
         self._size = 0, 0  # height and width at which the frames are shown
         self._most: int | None = None  # temporal patches that the window holds
@@ -122,7 +121,7 @@ class LiveMemory(Memory):
         gone = min(dropped, self._num_patches)
         data = self._shown_frames(data, (dropped - gone) * self._steps)  # came and went with nobody asking in between
         whole, waiting = np.split(data, [len(data) - over])
-        encoded = [self._encode(replace(self._like, data=whole))] if len(whole) else []
+        encoded = [self._encoded(whole)] if len(whole) else []
         kept = self._num_patches - gone
         if kept:
             size = self._tokens_per_patch
@@ -176,6 +175,10 @@ class LiveMemory(Memory):
         _, height, width = self._grid(1)
         return height * width // self._model.vision.spatial_merge_size**2
 
+    def _encoded(self, data: NDArray[np.uint8]) -> Array:
+        """Run the vision tower over whole temporal patches of frames at the model's size."""
+        return encode(self.backend, self._model, replace(self._like, data=data), Clock())
+
     def _grid(self, num_patches: int) -> tuple[int, int, int]:
         side = self._model.vision.patch_size
         return num_patches, self._size[0] // side, self._size[1] // side
@@ -191,7 +194,7 @@ class LiveMemory(Memory):
         if not len(self._waiting) or self.shown.media.grid_thw[0] > self._num_patches:
             return
         last = np.repeat(self._waiting[-1:], self._steps - len(self._waiting), axis=0)
-        encoded = self._encode(replace(self._like, data=np.concatenate([self._waiting, last])))
+        encoded = self._encoded(np.concatenate([self._waiting, last]))
         self._tokens = encoded if self._tokens is None else self.backend.join([self._tokens, encoded])
         self._show(self._num_patches + 1, self._num_patches * self._steps + len(self._waiting))
 

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from vlrt import preprocess, prompt, request, saved_clip, session
 from vlrt.answer import Answer, Clock, Stream, drain
 from vlrt.backends import select
-from vlrt.backends.base import Array, Backend
+from vlrt.backends.base import Backend, FrameUpload
 from vlrt.bundle import Bundle
 from vlrt.content import Source, content_key, stamp
+from vlrt.encoding import encode
 from vlrt.errors import ConfigError, VlrtError
 from vlrt.live import LiveClip, LiveMemory, Window
 from vlrt.memory import Memory, Shown, build
@@ -252,10 +253,11 @@ class Runtime:
             ConfigError: a setting is out of range, or the video is longer than the model's positions.
         """
         backend, clock = self._open_backend(), Clock()
-        shown, frames = self._look(video, num_frames, fps, clock)
+        upload = backend.frame_upload()
+        shown, frames = self._look(video, num_frames, fps, clock, upload)
         asked = request.check(self.model, self.tokenizer, "?", max_tokens=1)
         build(self.tokenizer, self.model, asked, shown.media)  # whether it fits, before the vision tower runs
-        tokens = self._encode(backend, frames, shown.media.grid_thw, clock)
+        tokens = encode(backend, self.model, frames, clock, upload)
         memory = Memory(backend, self.model, self.tokenizer, shown, tokens)
         memory.read()
         return Clip(memory, self.model, self.tokenizer, self._origin)
@@ -289,13 +291,8 @@ class Runtime:
                 is closed.
             VideoError: fps is not a number above 0.
         """
-        backend, vision = self._open_backend(), self.model.vision
-
-        def encode(frames: Frames) -> Array:
-            return self._encode(backend, frames, preprocess.grid_of(frames, vision), Clock())
-
         window = Window.of(window_seconds, window_tokens)
-        memory = LiveMemory(backend, self.model, self.tokenizer, fps, window, encode)
+        memory = LiveMemory(self._open_backend(), self.model, self.tokenizer, fps, window)
         return LiveClip(memory, self.model, self.tokenizer, self._origin)
 
     def close(self) -> None:
@@ -337,10 +334,11 @@ class Runtime:
     def _see(self, video: Source, asked: Request, num_frames: int | None, fps: float | None, clock: Clock) -> Memory:
         """Decode and encode a video about which a question is to be answered."""
         backend = self._open_backend()
-        shown, frames = self._look(video, num_frames, fps, clock)
+        upload = backend.frame_upload()
+        shown, frames = self._look(video, num_frames, fps, clock, upload)
         with clock("prefill"):  # before the vision tower, which may take minutes
             build(self.tokenizer, self.model, asked, shown.media)
-        tokens = self._encode(backend, frames, shown.media.grid_thw, clock)
+        tokens = encode(backend, self.model, frames, clock, upload)
         return Memory(backend, self.model, self.tokenizer, shown, tokens)
 
     def _open_backend(self) -> Backend:
@@ -349,23 +347,14 @@ class Runtime:
             raise ConfigError("this Runtime is closed; open the bundle again")
         return backend
 
-    def _look(self, video: Source, num_frames: int | None, fps: float | None, clock: Clock) -> tuple[Shown, Frames]:
+    def _look(
+        self, video: Source, num_frames: int | None, fps: float | None, clock: Clock, upload: FrameUpload | None
+    ) -> tuple[Shown, Frames]:
         """Decode a video, and resize its frames."""
         with clock("decode"):
-            frames = load(video, self.model.video, self.model.vision, num_frames=num_frames, fps=fps)
+            frames = load(video, self.model.video, self.model.vision, num_frames=num_frames, fps=fps, target=upload)
         with clock("preprocess"):
             vision, resized = self.model.vision, preprocess.resized(frames, self.model.video, self.model.vision)
             seconds = preprocess.seconds_per_temporal_patch(resized, vision)
             media = prompt.Media(resized.is_image, preprocess.grid_of(resized, vision), seconds)
         return Shown(media, len(frames.data), frames.warnings), resized
-
-    def _encode(self, backend: Backend, frames: Frames, grid: tuple[int, int, int], clock: Clock) -> Array:
-        """Run the vision tower over chunks of whole temporal patches; return video tokens [N_v, C]."""
-        cfg, parts = self.model, []
-        step = max(1, backend.vision_chunk // (grid[1] * grid[2]))
-        for start in range(0, grid[0], step):
-            with clock("preprocess"):
-                patches = preprocess.patchify(frames, cfg.video, cfg.vision, start, min(start + step, grid[0]))
-            with clock("vision"):
-                parts.append(backend.encode(patches.pixels, patches.grid_thw))
-        return backend.join(parts)

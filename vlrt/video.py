@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -77,6 +77,27 @@ class Frames:
         return cls(np.ascontiguousarray(data), times, fps, count / fps, fps, height, width)
 
 
+class Target(Protocol):
+    """Where the frames of a video go as they are decoded."""
+
+    def begin(self, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+        """Return memory for all frames [T, H, W, 3]."""
+
+    def written(self, count: int) -> None:
+        """Learn that the first `count` frames are there."""
+
+
+class Memory:
+    """A `Target` that has memory, and no use for what is not yet whole."""
+
+    def begin(self, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+        """See `Target`."""
+        return np.empty(shape, np.uint8)
+
+    def written(self, count: int) -> None:
+        """See `Target`."""
+
+
 def load(
     source: Path | bytes | Sequence[Path] | Frames,
     video: Video,
@@ -84,6 +105,7 @@ def load(
     *,
     num_frames: int | None = None,
     fps: float | None = None,
+    target: Target | None = None,
 ) -> Frames:
     """Read a video or an image and return its frames, sampled and resized by the rules of qwen-vl-utils.
 
@@ -106,6 +128,7 @@ def load(
         num_frames: uniform sampling of so many frames, in place of the setting; rounded to an even number. An image
             has one frame whatever it says.
         fps: sampling at so many frames per second, in place of the setting.
+        target: gives the memory for a video's frames, and learns of each; None: NumPy does. Images need none.
 
     Raises:
         VideoError: no file, no video stream, damaged where frames are wanted, fewer frames than asked for (or than
@@ -116,16 +139,22 @@ def load(
     if isinstance(source, Frames):
         return source
     if isinstance(source, Sequence) and not isinstance(source, str | bytes | bytearray | memoryview):
-        return _load_list(source, video, vision, num_frames, fps)
+        return _load_list(source, video, vision, num_frames, fps, target or Memory())
     content, name = _checked_source(source, video)
     if is_image(content, name):
         data, height, width = read_image(content, name, video, lambda h, w: image_size(h, w, video, vision))
         return Frames(data[None], np.zeros(1), None, 0.0, video.fps, height, width, is_image=True)
-    return _load_video(content, name, video, vision, num_frames, fps)
+    return _load_video(content, name, video, vision, num_frames, fps, target or Memory())
 
 
 def _load_video(
-    source: str | bytes, name: str, video: Video, vision: Vision, num_frames: int | None, fps: float | None
+    source: str | bytes,
+    name: str,
+    video: Video,
+    vision: Vision,
+    num_frames: int | None,
+    fps: float | None,
+    target: Target,
 ) -> Frames:
     from av.video.reformatter import VideoReformatter
 
@@ -146,10 +175,11 @@ def _load_video(
             picture = _upright(to_rgb.reformat(frame, format="rgb24"), matrix)
             if i == 0:
                 height, width = picture.shape[:2]
-                data = np.empty((count, *frame_size(height, width, count, video, vision), 3), np.uint8)
+                data = target.begin((count, *frame_size(height, width, count, video, vision), 3))
             elif picture.shape[:2] != (height, width):
                 container.warn(f"{name} changes its size at {times.seconds[indices[i]]:.2f} s; frames were made equal")
             data[i] = resize(picture, (data.shape[1], data.shape[2]))
+            target.written(i + 1)
         sample_fps = count / total * times.fps
         seconds = times.seconds[indices]
         warnings = tuple(container.warnings)
@@ -157,7 +187,12 @@ def _load_video(
 
 
 def _load_list(
-    sources: Sequence[Path], video: Video, vision: Vision, num_frames: int | None, fps: float | None
+    sources: Sequence[Path],
+    video: Video,
+    vision: Vision,
+    num_frames: int | None,
+    fps: float | None,
+    target: Target,
 ) -> Frames:
     """Read image files as the frames of a video: each at its own size, then all at one size."""
     if not sources:
@@ -177,13 +212,14 @@ def _load_list(
         )
         if i == 0:
             first, height, width = picture.shape[:2], rows, columns
-            data = np.empty((count, *frame_size(*first, count, video, vision), 3), np.uint8)
+            data = target.begin((count, *frame_size(*first, count, video, vision), 3))
         elif picture.shape[:2] != first:
             raise VideoError(
                 f"{name} is {rows} x {columns} pixels, the list's first image {height} x {width}; "
                 "accepted: images of one size. Resize them, or pass them one by one"
             )
         data[i] = resize(picture, (data.shape[1], data.shape[2]))
+        target.written(i + 1)
     sample_fps = count / len(sources) * rate
     return Frames(data, indices / rate, rate, len(sources) / rate, sample_fps, height, width)
 

@@ -2,7 +2,7 @@
 
 The clock starts at the path of a video where a decoder is installed, else at decoded frames (`from` says which), and
 stops at the last token's id; the process is warm. Weights are random, so lengths are forced: answers of 4 tokens. Both
-engines get the same patches, cut by vlrt, which counts for both; transformers' own preprocessing is left out.
+engines get the same frames; transformers gets patches that vlrt has cut on the host, in place of its own preprocessing.
 """
 
 import itertools
@@ -18,7 +18,9 @@ import torch
 from benches import random_model, timing
 from benches.gpu.peer import Peer, relative_error
 from benches.inputs import Setting
-from vlrt import generate, preprocess
+from vlrt import encoding, generate, preprocess
+from vlrt.answer import Clock
+from vlrt.backends.base import FrameUpload
 from vlrt.backends.torch import TorchBackend
 from vlrt.quantiles import quantiles
 from vlrt.video import Frames, load
@@ -43,13 +45,17 @@ class Clip:
         self._frames = Frames.from_array(noise, fps=2.0)
         self.source = "decoded frames" if self._path is None else "file"
 
-    def patches(self) -> preprocess.Patches:
-        """Decode where there is a file, and cut patches."""
+    def frames(self, upload: FrameUpload | None = None) -> Frames:
+        """Decode where there is a file, into the memory of an upload."""
+        if self._path is None:
+            return self._frames
         model, _ = random_model.model_and_weights(self._setting)
-        frames = self._frames
-        if self._path is not None:
-            frames = load(self._path, model.video, model.vision, num_frames=NUM_FRAMES)
-        return preprocess.patchify(frames, model.video, model.vision)
+        return load(self._path, model.video, model.vision, num_frames=NUM_FRAMES, target=upload)
+
+    def patches(self) -> preprocess.Patches:
+        """Decode, and cut patches on the host."""
+        model, _ = random_model.model_and_weights(self._setting)
+        return preprocess.patchify(self.frames(), model.video, model.vision)
 
 
 def _file() -> Path | None:
@@ -92,11 +98,13 @@ def answer(backend: TorchBackend, clip: Clip, how: str, num_tokens: int, *, apar
             timing.synchronize(backend.device.type)
         marks.append((stage, time.perf_counter()))
 
-    patches = clip.patches()
-    mark("preprocess")
-    tokens = backend.encode(patches.pixels, patches.grid_thw)
+    upload = backend.frame_upload()
+    frames = clip.frames(upload)
+    mark("decode")
+    tokens = encoding.encode(backend, model, frames, Clock(), upload)
     mark("vision")
-    built = random_model.built_prompt(model, patches.grid_thw, patches.seconds_per_temporal_patch, latent=latent)
+    grid, seconds = (f(frames, model.vision) for f in (preprocess.grid_of, preprocess.seconds_per_temporal_patch))
+    built = random_model.built_prompt(model, grid, seconds, latent=latent)
     context = generate.read(backend, built, tokens)
     room = num_tokens + random_model.NUM_LATENTS + 1
     writer = generate.Writer(backend, context, room)

@@ -1,6 +1,7 @@
 """Every kernel against its reference in fp64: odd sizes, all dtypes, far strides, graph replay, poisoned memory.
 
-On the CPU the kernels are interpreted, in sizes that take that no time.
+And the backend's own ways against the host's (`backend_checks.py`). On the CPU the kernels are interpreted, in sizes
+that take that no time.
 """
 
 import functools
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from benches import timing
 from benches.closeness import assert_close
+from benches.gpu import backend_checks
 from benches.inputs import Arguments, Setting, Source, expected, outputs, poisoned, with_own_caches
 from benches.op_bench import verify
 
@@ -30,7 +32,7 @@ def run(item: str, setting: Setting, expired: Callable[[], bool], out: Path) -> 
     """Return one row per check of an op: its name, and `error` where it failed."""
     setting = Setting(setting.device, setting.tiny, interpret=setting.device == "cpu")
     rows = []
-    for name, check in _checks(item, setting):
+    for name, check in backend_checks.checks(setting) if item == "backend" else _checks(item, setting):
         begun = time.monotonic()
         row: dict[str, Any] = {"check": name}
         if expired():

@@ -33,7 +33,7 @@ class Phase:
 
 PHASES = (
     Phase("machine", 0.04, ("card",)),
-    Phase("checks", 0.19, OPS, at_once=True),
+    Phase("checks", 0.19, (*OPS, "backend"), at_once=True),
     Phase("ceilings", 0.05, ("gemm_bf16", "gemm_fp8", "memory")),
     Phase("kernels", 0.25, OPS),
     Phase("stages", 0.20, ("2048", "8192", "2048_fp8")),

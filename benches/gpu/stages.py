@@ -14,9 +14,11 @@ from torch import Tensor
 
 from benches import counts, random_model, timing
 from benches.inputs import Setting, Source
-from vlrt import generate, positions
+from vlrt import encoding, generate, positions
+from vlrt.answer import Clock
 from vlrt.backends.torch import TorchBackend
 from vlrt.models import registry
+from vlrt.video import Frames
 
 SIDE = 16  # patches along a side of a frame of 224 x 224
 RUNS = 7
@@ -37,7 +39,7 @@ def run(item: str, setting: Setting, expired: Callable[[], bool], out: Path) -> 
 
 
 def vision(backend: TorchBackend, setting: Setting, num_tokens: int) -> dict[str, Any]:
-    """Time the whole stage from patches in host memory on, and the tower alone on the device."""
+    """Time the whole stage from patches, and from frames, in host memory on, and the tower alone on the device."""
     model, weights = random_model.model_and_weights(setting)
     grid = (num_tokens * 4 // SIDE**2, SIDE, SIDE)
     pixels = np.random.default_rng(0).standard_normal((num_tokens * 4, model.vision.patch_dim), np.float32)
@@ -53,8 +55,13 @@ def vision(backend: TorchBackend, setting: Setting, num_tokens: int) -> dict[str
     for _ in range(3):  # the second time a grid is seen it is recorded
         backend.encode(pixels, grid)
     stage = timing.wall(lambda: backend.encode(pixels, grid), setting.device, RUNS)
+    side = SIDE * model.vision.patch_size
+    noise = np.random.default_rng(0).integers(0, 256, (grid[0] * 2, side, side, 3), np.uint8)
+    frames = Frames.from_array(noise, fps=2.0)
+    sent = timing.wall(lambda: encoding.encode(backend, model, frames, Clock()), setting.device, RUNS)
     flops = counts.vision_flops(model.vision, grid, windows.tolist())
-    return {"seconds": stage, "tower": alone, "flops": flops, "tower_flops_per_second": flops / alone["median"]}
+    found = {"seconds": stage, "from_frames": sent, "tower": alone, "flops": flops}
+    return {**found, "tower_flops_per_second": flops / alone["median"]}
 
 
 def prefill(backend: TorchBackend, setting: Setting, num_tokens: int) -> dict[str, Any]:
@@ -93,11 +100,12 @@ def steps(backend: TorchBackend, setting: Setting, num_tokens: int) -> dict[str,
         writer.reason(context)
         writer.rewind(length + 1)
 
-    def tokens(with_head: bool) -> None:
+    def tokens(with_head: bool, penalty: float = 1.0) -> None:
+        words = backend.words([7], penalty)
         for _ in range(length):
             hidden = writer.feed_tokens([7])
             if with_head:
-                backend.logits(hidden)
+                words(hidden)
         writer.rewind(length)
 
     def one_round() -> None:
@@ -111,6 +119,7 @@ def steps(backend: TorchBackend, setting: Setting, num_tokens: int) -> dict[str,
         found[f"{rollout}_rollout"] = _timed(latents, setting)
     backend.model = model
     found["answer_steps"] = _timed(lambda: tokens(True), setting)
+    found["penalised_steps"] = _timed(lambda: tokens(True, 1.05), setting)
     found["steps_without_head"] = _timed(lambda: tokens(False), setting)
     found["parallel_round"] = _timed(one_round, setting)
     found["replayed_step"] = _replayed(backend, setting, num_tokens)

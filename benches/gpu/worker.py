@@ -2,13 +2,13 @@
 
 import argparse
 import importlib
-import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from benches import interpreter
 from benches.gpu import parts
 
 LOST_DEVICE = 3  # exit status: a kernel has broken this process's context, which only a new process mends
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.seconds
     if args.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+        interpreter.start()
     for spec in args.specs:
         phase, _, item = spec.partition("/")
         begun = time.monotonic()

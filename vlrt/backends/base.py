@@ -3,6 +3,7 @@
 `Array` is the engine's own kind (NumPy, torch); callers only slice rows, and hand arrays back. Logits are NumPy.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,27 @@ from vlrt.kv_cache import KVCache
 Array = Any
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
+NO_NUMBER = -1  # in place of a token's id: the model computes NaN
+
+
+class FrameUpload(Protocol):
+    """Takes the frames of one video on their way from the decoder to the vision tower; a `video.Target`."""
+
+    def begin(self, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+        """Return memory for the frames [T, H, W, 3]."""
+
+    def written(self, count: int) -> None:
+        """Learn that the first `count` frames are there."""
+
+    def patches(self, data: NDArray[np.uint8], start: int, stop: int) -> Array:
+        """Return what `encode` takes of temporal patches `start` to `stop` of frames [T, H, W, 3], its own or not."""
+
+
+class Words(Protocol):
+    """Chooses the words of one answer, greedily."""
+
+    def __call__(self, hidden: Array, banned: Sequence[int] = ()) -> int:
+        """Return the likeliest token after a hidden state [1, C], none of the banned ones; or NO_NUMBER."""
 
 
 class Backend(Protocol):
@@ -31,7 +53,10 @@ class Backend(Protocol):
     vision_chunk: int
     has_lanes: bool
 
-    def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Array:
+    def frame_upload(self) -> FrameUpload | None:
+        """Return what takes a video's frames; None: `encode` wants patches from `preprocess.patchify`."""
+
+    def encode(self, pixels: Floats | Array, grid_thw: tuple[int, int, int]) -> Array:
         """Map the patches [N, patch_dim] of whole temporal patches to video tokens [N_v, C]."""
 
     def embed(self, ids: Ids) -> Array:
@@ -50,6 +75,9 @@ class Backend(Protocol):
 
     def logits(self, hidden: Array) -> Floats:
         """Map hidden states [S, C] to logits [S, V]."""
+
+    def words(self, seen: Sequence[int] = (), penalty: float = 1.0) -> Words:
+        """Return what chooses an answer's words; `penalty` as in `Writer.answer`, for ids seen and chosen."""
 
     def row_logits(self, hidden: Array, ids: Ids) -> Floats:
         """Map one hidden state [1, C] to the logits [n] of the ids [n] alone."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlrt import config
+from vlrt.backends.uploads import staged
 from vlrt.errors import ConfigError
 from vlrt.kv_cache import KVCache
 
@@ -83,7 +84,8 @@ class DeviceCache(KVCache):
                 f"the sequence would take {stop} slots of a cache of {self._capacity}; ask with fewer frames or tokens"
             )
         for table, rows in ((self.storage.cos, cos), (self.storage.sin, sin)):
-            table[self._length : stop].copy_(torch.from_numpy(np.ascontiguousarray(rows, np.float32)))
+            given = staged(np.asarray(rows, np.float32), table.device)
+            table[self._length : stop].copy_(given, non_blocking=True)
 
     def advance(self, count: int) -> None:
         """Take `count` slots into use, their keys and values having been written."""

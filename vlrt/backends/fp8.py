@@ -6,6 +6,13 @@ from torch import Tensor
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 SCALE = ".scale"  # ending of the name of a weight's scales
+MULTIPLE = 16  # of values: torch._scaled_mm takes no other widths
+
+
+def unsupported(*widths: int) -> str | None:
+    """Return why matrices of these widths cannot be multiplied in fp8, as a sentence, or None."""
+    odd = ", ".join(str(width) for width in widths if width % MULTIPLE)
+    return f"fp8 products take widths that are multiples of {MULTIPLE}, not {odd}" if odd else None
 
 
 def fp8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlrt import config, ops
-from vlrt.backends.fp8 import FP8, SCALE, fp8_linear
+from vlrt.backends.fp8 import FP8, SCALE, fp8_linear, unsupported
+from vlrt.errors import ConfigError
 from vlrt.models.decoder import Attend
 
 Fetch = Callable[[str], Tensor]  # a weight by its Hugging Face name, in its stored dtype
@@ -87,6 +88,9 @@ def linear(names: list[str], fetch: Fetch, dtype: torch.dtype, device: torch.dev
         dtype: of activations.
         device: of the weights.
         has_bias: whether the layers have one.
+
+    Raises:
+        ConfigError: the weights are fp8, and their widths no card multiplies.
     """
     weights = [fetch(f"{name}.weight") for name in names]
     bias = torch.cat([fetch(f"{name}.bias").to(device, dtype) for name in names]) if has_bias else None
@@ -94,5 +98,7 @@ def linear(names: list[str], fetch: Fetch, dtype: torch.dtype, device: torch.dev
         weight = torch.cat([part.to(device, dtype) for part in weights])
         return lambda x: functional.linear(x, weight, bias)
     weight = torch.cat([part.view(torch.uint8).to(device) for part in weights]).view(FP8)
+    if reason := unsupported(*weight.shape):
+        raise ConfigError(f"{' + '.join(names)}: {reason}; use another precision")
     scale = torch.cat([fetch(f"{name}.weight{SCALE}").to(device) for name in names])
     return lambda x: fp8_linear(x, weight, scale, bias)

@@ -7,7 +7,7 @@ names.py and tables by the manifest; no video, no text.
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from vlrt import config, names, positions, processor
 from vlrt.backends import ort_library
 from vlrt.backends.base import Floats, Ids
+from vlrt.backends.greedy import HostWords
 from vlrt.bundle import Bundle, Table, widen
 from vlrt.errors import BackendUnavailable, BundleError
 from vlrt.kv_cache import KVCache
@@ -79,6 +80,9 @@ class OrtBackend:
             self._latent_memory = self._load(bundle, names.LATENT_MEMORY)
         self.kernels = self._name_kernels(self._num_kernels() - before)
         self._files.check()  # nothing was written between a hash and what was loaded
+
+    def frame_upload(self) -> None:
+        """See `base.Backend`."""
 
     def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Floats:
         """See `base.Backend`."""
@@ -150,6 +154,10 @@ class OrtBackend:
         with _running("lm_head"):
             out: Floats = self._lm_head.run(None, {names.HIDDEN.name: hidden})[0]
         return out
+
+    def words(self, seen: Sequence[int] = (), penalty: float = 1.0) -> HostWords:
+        """See `base.Backend`."""
+        return HostWords(self.logits, seen, penalty)
 
     def row_logits(self, hidden: Floats, ids: Ids) -> Floats:
         """See `base.Backend`."""

@@ -3,6 +3,7 @@
 Runs models/ in fp32, either whole or layer by layer with one layer's weights in memory at a time.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vlrt import positions
 from vlrt.backends.base import Floats, Ids
+from vlrt.backends.greedy import HostWords
 from vlrt.checkpoint import Checkpoint
 from vlrt.kv_cache import KVCache
 from vlrt.models import registry
@@ -36,6 +38,9 @@ class ReferenceBackend:
         else:
             registry.load(self._module, self._fetch)
         self._table = self._fetch("model.embed_tokens.weight")
+
+    def frame_upload(self) -> None:
+        """See `base.Backend`."""
 
     @torch.inference_mode()
     def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Tensor:
@@ -74,6 +79,10 @@ class ReferenceBackend:
         """See `base.Backend`."""
         out: Floats = self._module.lm_head(hidden).numpy()
         return out
+
+    def words(self, seen: Sequence[int] = (), penalty: float = 1.0) -> HostWords:
+        """See `base.Backend`."""
+        return HostWords(self.logits, seen, penalty)
 
     def row_logits(self, hidden: Tensor, ids: Ids) -> Floats:
         """See `base.Backend`."""

@@ -1,11 +1,13 @@
 """The stages of a bundle in PyTorch: on a GPU with hand-written kernels and CUDA graphs, on the CPU with the reference.
 
 Weights, activations and the cache are in the bundle's precision; rotary tables are float32. On a GPU all work is put
-into one queue, and the host waits for it only where it needs numbers: for logits, never between latents.
+into one queue, and the host waits for it only where it needs numbers: a word's id, the logits of choices; never
+between latents. Frames are sent beside it (`uploads.py`).
 """
 
+import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vlrt import config, positions
+from vlrt import config, ops, positions
 from vlrt.backends.captured import Captured, LastUsed
 from vlrt.backends.device_cache import DeviceCache, LentAttention, Pool, Storage
+from vlrt.backends.device_words import DeviceWords
 from vlrt.backends.fused_decoder import FusedDecoder
+from vlrt.backends.uploads import Cutter, FrameUpload, upload
 from vlrt.bundle import Bundle, Table
 from vlrt.errors import BackendUnavailable, BundleError
 from vlrt.kv_cache import KVCache
@@ -25,7 +29,9 @@ from vlrt.models import registry
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 MAX_CAPTURED_ROWS = 32  # positions of a decoder pass that is replayed: latents, answers, choices
 MAX_GRIDS = 4  # vision towers that are kept recorded
-SIZES = {"cpu": (512, 4096), "cuda": (8192, 32_768)}  # positions, and patches, per pass
+SIZES = {"cpu": (512, 4096), "cuda": (16_384, 32_768)}  # positions, and patches, per pass
+LEAST_PREFILL = 2048  # positions: from there on products, not weights, are what takes time
+PREFILL_SHARE = 1 / 16  # of a card's memory that a pass's activations may take
 
 
 class TorchBackend:
@@ -37,7 +43,7 @@ class TorchBackend:
         threads: of PyTorch on the CPU, in the whole process; None: as they are.
 
     Raises:
-        BackendUnavailable: the device is not there.
+        BackendUnavailable: the device is not there, or has no kernels for the model.
         BundleError: a file is damaged, or weights are missing.
     """
 
@@ -64,7 +70,7 @@ class TorchBackend:
             device: "cpu", "cuda", or "auto".
 
         Raises:
-            BackendUnavailable: the device is not there.
+            BackendUnavailable: the device is not there, or has no kernels for the model.
         """
         made = cls.__new__(cls)
         table = fetch("model.embed_tokens.weight")
@@ -81,9 +87,14 @@ class TorchBackend:
         precision: str,
         device: torch.device,
     ) -> None:
+        if device.type == "cuda" and (reason := unfit(model, DTYPES[precision])):
+            raise BackendUnavailable(f"device 'cuda' cannot run this model: {reason}; pass device='cpu'")
         self.model, self.device = model, device
         self.precision, self._dtype = precision, DTYPES[precision]
         self.prefill_chunk, self.vision_chunk = SIZES[device.type]
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+            self.prefill_chunk = longest_prefill(model.decoder, precision, memory)
         self._table = table.to(device, self._dtype)
         self._head = self._table if head is table else head.to(device, self._dtype)
         self._module = registry.build(model)
@@ -94,17 +105,19 @@ class TorchBackend:
         self._decoder = FusedDecoder(model.decoder, fetch, self._dtype, device)
         self._pool = Pool(model.decoder, self._dtype, device)
         self._towers = LastUsed(MAX_GRIDS)
+        self._grid_inputs = functools.lru_cache(MAX_GRIDS)(self._make_grid_inputs)
+        self._cutter = Cutter(model.vision, model.video, self._dtype, device)
         self._recording = threading.Lock()
+
+    def frame_upload(self) -> FrameUpload | None:
+        """See `base.Backend`."""
+        return FrameUpload(self._cutter) if self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def encode(self, pixels: Any, grid_thw: tuple[int, int, int]) -> Tensor:
         """See `base.Backend`."""
-        vision = self.model.vision
-        inputs: list[Any] = [*positions.vision_cos_sin(grid_thw, vision), positions.frame_seqlens(grid_thw)]
-        if vision.window_size:
-            order, bounds = positions.window_index(grid_thw, vision)
-            inputs += [order, np.argsort(order), bounds]
-        given = (self._upload(pixels).to(self._dtype), *(self._upload(x) for x in inputs))
+        patches = pixels if isinstance(pixels, Tensor) else self._upload(pixels)
+        given = (patches.to(self._dtype), *self._grid_inputs(grid_thw))
         if self.device.type != "cuda":
             out: Tensor = self._module.visual(*given)
             return out
@@ -133,6 +146,10 @@ class TorchBackend:
     def logits(self, hidden: Tensor) -> Any:
         """See `base.Backend`."""
         return self.lower(hidden @ self._head.t())
+
+    def words(self, seen: Sequence[int] = (), penalty: float = 1.0) -> DeviceWords:
+        """See `base.Backend`."""
+        return DeviceWords(self._head, seen, penalty)
 
     @torch.inference_mode()
     def row_logits(self, hidden: Tensor, ids: Any) -> Any:
@@ -172,7 +189,8 @@ class TorchBackend:
 
     def close(self) -> None:
         """See `base.Backend`."""
-        del self._module, self._decoder, self._table, self._head, self._pool, self._towers
+        del self._module, self._decoder, self._table, self._head, self._pool, self._towers, self._cutter
+        del self._grid_inputs
 
     def _pass(self, storage: Storage, inputs_embeds: Tensor) -> Tensor:
         """Run the decoder over positions [S, C] behind what the storage holds."""
@@ -189,12 +207,49 @@ class TorchBackend:
         replay: Callable[..., Tensor] = storage.graphs[size]
         return replay(inputs_embeds)
 
+    def _make_grid_inputs(self, grid_thw: tuple[int, int, int]) -> list[Tensor]:
+        """Return what the vision tower reads beside patches: tables and bounds, the same for all videos of a grid."""
+        vision = self.model.vision
+        inputs: list[Any] = [*positions.vision_cos_sin(grid_thw, vision), positions.frame_seqlens(grid_thw)]
+        if vision.window_size:
+            order, bounds = positions.window_index(grid_thw, vision)
+            inputs += [order, np.argsort(order), bounds]
+        return [self._upload(x) for x in inputs]
+
     def _upload(self, array: Any) -> Tensor:
-        """Put an array on the device; from pinned memory, so that the host goes on."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return upload(array, self.device)
+
+
+def unfit(model: config.Model, dtype: torch.dtype) -> str | None:
+    """Return why the kernels of a GPU cannot run a model, as a sentence, or None."""
+    decoder, vision = model.decoder, model.vision
+    for op, shape in (
+        ("video_attention_", (1, 1, decoder.num_heads, decoder.head_dim)),
+        ("segment_attention", (1, vision.num_heads, vision.head_dim)),
+        ("rms_norm", (1, decoder.hidden_size)),
+    ):
+        if reason := ops.supported(op, "cuda", dtype, shape):
+            return reason
+    return None
+
+
+def longest_prefill(decoder: config.Decoder, precision: str, memory_bytes: int) -> int:
+    """Return how many positions a decoder pass on a card may have.
+
+    Every pass reads all weights, so that 8,192 video tokens and a question should go through in one. What bounds a pass
+    are its activations: at the widest gate, up and their product, and what flows around them; where products are fp8,
+    also two copies in float32 and one in fp8 of what goes into the last.
+
+    Args:
+        decoder: its sizes.
+        precision: of the bundle.
+        memory_bytes: of the card.
+    """
+    size = DTYPES[precision].itemsize
+    wide = size * (3 * decoder.intermediate_size + 4 * decoder.hidden_size)
+    wide += 9 * decoder.intermediate_size if precision == "fp8" else 0
+    fitting = int(memory_bytes * PREFILL_SHARE / wide)
+    return min(max(fitting // 1024 * 1024, LEAST_PREFILL), SIZES["cuda"][0])
 
 
 def weights(bundle: Bundle) -> Callable[[str], Tensor]:
