@@ -13,7 +13,7 @@ ENGINES = {"torch", "triton", "transformers", "onnx", "onnxscript", "tensorrt", 
 
 # module or folder -> what of vlrt it may import, itself aside; the longest name that fits a file counts
 ARROWS = {
-    "__init__": ["aio", "answer", "errors", "runtime", "session", "video"],
+    "__init__": ["aio", "answer", "errors", "reduction", "runtime", "session", "video"],
     "__main__": ["cli"],
     "errors": [],
     "names": [],
@@ -50,9 +50,10 @@ ARROWS = {
     "answer": BASE,
     "request": [*BASE, "latent", "prompt"],
     "content": ["video"],
-    "memory": [*CORE, "answer", "backends", "generate", "request"],
+    "reduction": [*BASE, "preprocess", "video"],
+    "memory": [*CORE, "answer", "backends", "generate", "reduction", "request"],
     "session": [*CORE, "answer", "memory", "request"],
-    "runtime": [*CORE, "answer", "backends", "content", "memory", "request", "session"],
+    "runtime": [*CORE, "answer", "backends", "content", "generate", "memory", "reduction", "request", "session"],
     "export": [*BASE, "bundle", "checkpoint", "kernels", "models", "names", "ops", "positions", "prompt"],
     "export.exporter": [*BASE, "bundle", "checkpoint", "models", "prompt", "backends"],
     "export.torch_weights": ["backends.fp8", "bundle", "checkpoint"],

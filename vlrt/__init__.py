@@ -24,6 +24,7 @@ from vlrt.errors import (
 if TYPE_CHECKING:
     from vlrt.aio import AsyncRuntime
     from vlrt.answer import Answer
+    from vlrt.reduction import Reduction
     from vlrt.runtime import Runtime
     from vlrt.session import Clip
     from vlrt.video import Frames
@@ -41,6 +42,7 @@ __all__ = [
     "ConfigError",
     "ExportError",
     "Frames",
+    "Reduction",
     "Runtime",
     "Stopped",
     "VideoError",
@@ -53,6 +55,7 @@ _HOMES = {
     "AsyncRuntime": "vlrt.aio",
     "Clip": "vlrt.session",
     "Frames": "vlrt.video",
+    "Reduction": "vlrt.reduction",
     "Runtime": "vlrt.runtime",
 }
 

@@ -23,7 +23,8 @@ class Usage:
     """What an answer took."""
 
     num_frames: int  # of the video, after sampling; the repeats that fill the last temporal patch are not counted
-    video_tokens: int
+    video_tokens: int  # that were read
+    dropped_tokens: int  # of the video, which a reduction left out
     prompt_tokens: int  # video tokens included
     reused_tokens: int  # of the prompt, which had been read for an earlier question about the video
     latents: int

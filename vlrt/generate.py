@@ -49,26 +49,50 @@ class Context:
         return Context(self.embeds[:size], self.positions[:, :size], -1, self.pooled, self.start)
 
 
-def read(backend: Backend, built: prompt.Prompt, video_tokens: Array) -> Context:
+def read(
+    backend: Backend,
+    built: prompt.Prompt,
+    video_tokens: Array,
+    kept: NDArray[np.bool_] | None = None,
+    pooled: Array = None,
+) -> Context:
     """Put video tokens in their places among the embedded ids, and say where everything stands.
 
     Args:
         backend: embeds the ids.
         built: ids and spans.
-        video_tokens: [N_v, C], of all spans one after the other.
+        video_tokens: [N, C], those that are kept, of all spans one after the other.
+        kept: [N_v], which tokens of the spans those are: the others are left out, and none moves; None: all.
+        pooled: [T_v, C], see `Context`; None: that of the tokens, all of which are kept.
     """
     cfg = backend.model
-    embeds = backend.embed(built.ids)
-    pooled, done = [], 0
+    kept = np.ones(sum(span.num_tokens for span in built.spans), np.bool_) if kept is None else kept
+    stays, done = np.ones(len(built.ids), np.bool_), 0
     for span in built.spans:
-        tokens = video_tokens[done : done + span.num_tokens]
-        embeds[span.start : span.start + span.num_tokens] = tokens
-        pooled.append(tokens.reshape(span.grid_thw[0], -1, tokens.shape[-1]).mean(1))
+        stays[span.start : span.start + span.num_tokens] = kept[done : done + span.num_tokens]
         done += span.num_tokens
-    return Context(embeds, *_positions(cfg, built), backend.join(pooled) if pooled else 0 * embeds[:1])
+    embeds = backend.embed(built.ids[stays])
+    parts, done = [], 0
+    for span in built.spans:
+        start = int(stays[: span.start].sum())
+        size = int(stays[span.start : span.start + span.num_tokens].sum())
+        tokens = video_tokens[done : done + size]
+        embeds[start : start + size] = tokens
+        if pooled is None:
+            parts.append(pool(tokens, span.grid_thw[0]))
+        done += size
+    if pooled is None:
+        pooled = backend.join(parts) if parts else 0 * embeds[:1]
+    at, after = _positions(cfg, built)
+    return Context(embeds, at[:, stays], after, pooled)
 
 
-def read_rest(backend: Backend, built: prompt.Prompt, pooled: Array, start: int) -> Context:
+def pool(tokens: Array, steps: int) -> Array:
+    """Average video tokens [N_v, C] of `steps` temporal patches over space; return [steps, C]."""
+    return tokens.reshape(steps, -1, tokens.shape[-1]).mean(1)
+
+
+def read_rest(backend: Backend, built: prompt.Prompt, pooled: Array, start: int, num_dropped: int = 0) -> Context:
     """Return what follows position `start` of a prompt, behind all of its media.
 
     Args:
@@ -76,9 +100,10 @@ def read_rest(backend: Backend, built: prompt.Prompt, pooled: Array, start: int)
         built: ids and spans.
         pooled: as `read` returned it for these media.
         start: where it begins.
+        num_dropped: tokens before it that were left out.
     """
     at, after = _positions(backend.model, built)
-    return Context(backend.embed(built.ids[start:]), at[:, start:], after, pooled, start)
+    return Context(backend.embed(built.ids[start:]), at[:, start:], after, pooled, start - num_dropped)
 
 
 def _positions(cfg: config.Model, built: prompt.Prompt) -> tuple[NDArray[np.int64], int]:

@@ -17,6 +17,7 @@ from vlrt.errors import Stopped
 from vlrt.generate import Context, Replace, Writer, check_length, read, read_rest
 from vlrt.kv_cache import KVCache
 from vlrt.latent import ablate
+from vlrt.reduction import NONE, Reduction, related
 from vlrt.request import ANSWER_TAG, Request
 
 SLACK = 512  # slots for questions and answers that an opened video begins with; they grow where a question takes more
@@ -30,11 +31,13 @@ class Shown:
         media: its size in patches, and its times.
         num_frames: that were sampled.
         warnings: what was odd about the source.
+        kept: [N_v], which of its tokens there are, whatever is asked; None: all.
     """
 
     media: prompt.Media
     num_frames: int
     warnings: tuple[str, ...] = ()
+    kept: NDArray[np.bool_] | None = None
 
 
 class Memory:
@@ -45,17 +48,28 @@ class Memory:
         model: of the backend.
         tokenizer: of the model.
         shown: what was encoded.
-        tokens: [N_v, C], of the vision tower.
+        tokens: [N, C], of the vision tower, those that there are.
+        pooled: [T_v, C], of all tokens, see `generate.Context`; None: that of `tokens`, none of which was dropped.
+        reduce: what of them is read for a question.
     """
 
     def __init__(
-        self, backend: Backend, model: config.Model, tokenizer: prompt.Tokenizer, shown: Shown, tokens: Array
+        self,
+        backend: Backend,
+        model: config.Model,
+        tokenizer: prompt.Tokenizer,
+        shown: Shown,
+        tokens: Array,
+        pooled: Array = None,
+        reduce: Reduction = NONE,
     ) -> None:
         self.shown = shown
         self._backend, self._model, self._tokenizer, self._tokens = backend, model, tokenizer, tokens
         self._ids: NDArray[np.int64] = np.zeros(0, np.int64)  # what the cache holds
+        self._kept: NDArray[np.bool_] | None = None  # of the video's tokens
+        self._prefix = 0  # positions of it that do not depend on the question
         self._cache: KVCache | None = None
-        self._pooled: Array = None
+        self._pooled, self._reduce = pooled, reduce
 
     @property
     def num_bytes(self) -> int:
@@ -64,11 +78,15 @@ class Memory:
         return 4 * int(rows) * int(width) + (self._cache.num_bytes if self._cache is not None else 0)
 
     def read(self) -> None:
-        """Read the prompt up to the video's end, before there is a question."""
+        """Read the prompt up to the video's end, before there is a question; nothing where it depends on that."""
+        if self._reduce.keep < 1:
+            return
         built = prompt.build(self._tokenizer, self._model, "?", [self.shown.media], reasoning="direct")
-        whole = read(self._backend, built, self._tokens)
+        kept = self.shown.kept
+        whole = read(self._backend, built, self._tokens, kept, self._pooled)
         stop = video_end(built, self._model)
-        self._keep(Writer(self._backend, whole.upto(stop), SLACK).cache, built.ids[:stop], whole.pooled)
+        cache = Writer(self._backend, whole.upto(stop - num_dropped(kept)), SLACK).cache
+        self._keep(cache, built.ids[:stop], kept, whole.pooled)
 
     def answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
         """Answer a question, yielding text as it is written; return the Answer. One question at a time.
@@ -78,10 +96,11 @@ class Memory:
             Stopped: the clock says so.
         """
         with clock("prefill"):
-            built = build(self._tokenizer, self._model, asked, self.shown.media)
+            kept, tokens = self._choose(asked.question)
+            built = build(self._tokenizer, self._model, asked, self.shown.media, num_dropped(kept))
         try:
             with clock("prefill"):
-                writer, context = self._writer(built, asked.room(self._model, self._tokenizer), clock)
+                writer, context = self._writer(built, kept, tokens, asked.room(self._model, self._tokenizer), clock)
             latents = None
             if asked.reasoning == "latent":
                 with clock("latents"):
@@ -95,36 +114,52 @@ class Memory:
             if asked.choices:
                 with clock("answer"):
                     log_scores = writer.score(asked.choice_ids, lead)
-            return self._finish(asked, built, context.start, latents, written, log_scores, clock)
+            return self._finish(asked, built, num_dropped(kept), context.start, latents, written, log_scores, clock)
         except (GeneratorExit, Stopped):  # between two steps: whoever read the stream has left, or its time is over
             raise
         except BaseException:
             self._cache = None  # what is in it is not known
             raise
         finally:
-            stop = video_end(built, self._model)
             if self._cache is not None:
-                self._cache.rewind(self._cache.length - stop)
+                self._cache.rewind(self._cache.length - self._prefix)
 
-    def _writer(self, built: prompt.Prompt, room: int, clock: Clock) -> tuple[Writer, Context]:
+    def _choose(self, question: str) -> tuple[NDArray[np.bool_] | None, Array]:
+        """Return which of the video's tokens are read for a question, [N_v] (None: all), and those."""
+        if self._reduce.keep == 1:
+            return self.shown.kept, self._tokens
+        asked = self._backend.embed(np.array(self._tokenizer.encode(question), np.int64))
+        lower = self._backend.lower
+        picked = np.flatnonzero(related(lower(self._tokens), lower(asked), self._reduce.keep))
+        there = np.arange(len(self._tokens)) if self.shown.kept is None else np.flatnonzero(self.shown.kept)
+        kept = np.zeros(len(self._tokens) if self.shown.kept is None else len(self.shown.kept), np.bool_)
+        kept[there[picked]] = True
+        return kept, self._tokens[picked]
+
+    def _writer(
+        self, built: prompt.Prompt, kept: NDArray[np.bool_] | None, tokens: Array, room: int, clock: Clock
+    ) -> tuple[Writer, Context]:
         """Read a prompt: what follows the video where the rest has been read, else all of it."""
-        stop = video_end(built, self._model)
-        if self._cache is None or not np.array_equal(self._ids, built.ids[:stop]):
+        stop, dropped = video_end(built, self._model), num_dropped(kept)
+        same = np.array_equal(self._ids, built.ids[:stop]) and _equal(self._kept, kept)
+        if self._cache is None or not same:
             self._cache = None
-            context = read(self._backend, built, self._tokens)
+            context = read(self._backend, built, tokens, kept, self._pooled)
             writer = Writer(self._backend, context, room, check=clock.check)
-            self._keep(writer.cache, built.ids[:stop], context.pooled)
+            self._keep(writer.cache, built.ids[:stop], kept, context.pooled)
             return writer, context
-        check_length(self._model, len(built.ids), room)
-        if self._cache.capacity < len(built.ids) + room:
-            larger = self._backend.prepare(len(built.ids) + room + SLACK)
+        length = len(built.ids) - dropped
+        check_length(self._model, length, room)
+        if self._cache.capacity < length + room:
+            larger = self._backend.prepare(length + room + SLACK)
             larger.take(self._cache)
             self._cache = larger
-        context = read_rest(self._backend, built, self._pooled, stop)
+        context = read_rest(self._backend, built, self._pooled, stop, dropped)
         return Writer(self._backend, context, room, self._cache, clock.check), context
 
-    def _keep(self, cache: KVCache, ids: NDArray[np.int64], pooled: Array) -> None:
-        self._cache, self._ids, self._pooled = cache, ids, pooled
+    def _keep(self, cache: KVCache, ids: NDArray[np.int64], kept: NDArray[np.bool_] | None, pooled: Array) -> None:
+        self._cache, self._ids, self._kept, self._pooled = cache, ids, kept, pooled
+        self._prefix = len(ids) - num_dropped(kept)
 
     def _write(
         self, writer: Writer, asked: Request, seen: list[int], written: list[int], clock: Clock
@@ -164,6 +199,7 @@ class Memory:
         self,
         asked: Request,
         built: prompt.Prompt,
+        dropped: int,
         reused: int,
         latents: NDArray[np.float32] | None,
         written: list[int],
@@ -174,8 +210,9 @@ class Memory:
         text, thought, choice, scores = self._tokenizer.decode(written), None, None, None
         usage = Usage(
             num_frames=self.shown.num_frames,
-            video_tokens=sum(span.num_tokens for span in built.spans),
-            prompt_tokens=len(built.ids),
+            video_tokens=sum(span.num_tokens for span in built.spans) - dropped,
+            dropped_tokens=dropped,
+            prompt_tokens=len(built.ids) - dropped,
             reused_tokens=reused,
             latents=0 if latents is None else len(latents),
             answer_tokens=len(written),
@@ -203,16 +240,24 @@ class Memory:
         )
 
 
-def build(tokenizer: prompt.Tokenizer, model: config.Model, asked: Request, media: prompt.Media) -> prompt.Prompt:
-    """Return the prompt of a question about a video.
+def build(
+    tokenizer: prompt.Tokenizer, model: config.Model, asked: Request, media: prompt.Media, dropped: int = 0
+) -> prompt.Prompt:
+    """Return the prompt of a question about a video, all of the video's tokens in it.
 
     Raises:
-        ConfigError: with its answer it is longer than the model's positions.
+        ConfigError: with its answer, and without the `dropped` tokens, it is longer than the model's positions.
     """
     built = prompt.build(tokenizer, model, asked.question, [media], reasoning=asked.reasoning)
     room = asked.room(model, tokenizer)
-    check_length(model, len(built.ids), room, _frames_that_fit(model, built, room))
+    advice = "" if dropped else _frames_that_fit(model, built, room)
+    check_length(model, len(built.ids) - dropped, room, advice)
     return built
+
+
+def num_dropped(kept: NDArray[np.bool_] | None) -> int:
+    """Return how many tokens are not kept; None: all are."""
+    return 0 if kept is None else int(np.count_nonzero(~kept))
 
 
 def video_end(built: prompt.Prompt, model: config.Model) -> int:
@@ -229,6 +274,10 @@ def _frames_that_fit(model: config.Model, built: prompt.Prompt, room: int) -> st
     left = model.decoder.max_positions - room - (len(built.ids) - span.num_tokens)
     frames = left // per_step * model.vision.temporal_patch_size
     return f"; {frames} frames of this size fit (num_frames={frames})" if frames > 0 else ""
+
+
+def _equal(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bool:
+    return num_dropped(one) == num_dropped(other) == 0 or np.array_equal(one, other)  # type: ignore[arg-type]
 
 
 def _replacement(backend: Backend, asked: Request) -> Replace | None:

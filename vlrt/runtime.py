@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt import preprocess, prompt, request
+from vlrt import preprocess, prompt, reduction, request
 from vlrt.answer import Answer, Clock, Stream
 from vlrt.backends import select
 from vlrt.backends.base import Array, Backend
 from vlrt.bundle import Bundle
 from vlrt.content import Source, content_key
 from vlrt.errors import ConfigError, VlrtError
-from vlrt.memory import Memory, Shown, build
+from vlrt.generate import pool
+from vlrt.memory import Memory, Shown, build, num_dropped
+from vlrt.reduction import Reduction
 from vlrt.request import Request
 from vlrt.session import Clip, Recent, drain
 from vlrt.video import Frames, load
@@ -28,7 +30,7 @@ MAX_THREADS = 1024  # more is a slip, and the engine takes minutes to start them
 VIDEO_CACHE_BYTES = 256 * 1024**2
 ASKED_ALWAYS = ("video", "question")  # arguments of `Runtime.ask`
 ASKED = {*ASKED_ALWAYS, "choices", "reasoning", "max_tokens", "min_tokens", "num_frames", "fps", "latents"}
-ASKED |= {"timeout_seconds", "stop"}
+ASKED |= {"reduce", "timeout_seconds", "stop"}
 
 
 class Runtime:
@@ -91,6 +93,7 @@ class Runtime:
         num_frames: int | None = None,
         fps: float | None = None,
         latents: NDArray[np.float32] | str | None = None,
+        reduce: Reduction | None = None,
         timeout_seconds: float | None = None,
         stop: threading.Event | None = None,
     ) -> Answer:
@@ -107,6 +110,8 @@ class Runtime:
             fps: sample so many frames per second; None: the bundle's setting. Frames are taken as they are.
             latents: for ablations: [L, C] float32 to inject in place of the model's own (L may be 0), or "dummy" or
                 "noise" (`latent.ablate`).
+            reduce: which of the video's tokens the model is not shown, at the price of some accuracy; None: it is
+                shown all. What is remembered of a video is remembered for one reduction.
             timeout_seconds: after which nothing more is begun; what is under way, a pass over some of the video or a
                 step, is ended first. None: it takes what it takes.
             stop: an event: set by another thread, it ends the answer in the same way.
@@ -126,7 +131,8 @@ class Runtime:
             min_tokens=min_tokens,
             latents=latents,
         )
-        return drain(self._answer(video, asked, num_frames, fps, Clock.of(timeout_seconds, stop)))
+        clock = Clock.of(timeout_seconds, stop)
+        return drain(self._answer(video, asked, num_frames, fps, reduction.check(reduce), clock))
 
     def stream(
         self,
@@ -138,6 +144,7 @@ class Runtime:
         min_tokens: int = 0,
         num_frames: int | None = None,
         fps: float | None = None,
+        reduce: Reduction | None = None,
         timeout_seconds: float | None = None,
         stop: threading.Event | None = None,
     ) -> Stream:
@@ -149,7 +156,8 @@ class Runtime:
         asked = request.check(
             self.model, self.tokenizer, question, reasoning=reasoning, max_tokens=max_tokens, min_tokens=min_tokens
         )
-        return Stream(self._answer(video, asked, num_frames, fps, Clock.of(timeout_seconds, stop)))
+        clock = Clock.of(timeout_seconds, stop)
+        return Stream(self._answer(video, asked, num_frames, fps, reduction.check(reduce), clock))
 
     def ask_many(self, questions: Sequence[Mapping[str, Any]], *, return_errors: bool = False) -> list[Any]:
         """Answer many questions; each video is decoded and read once for all questions about it.
@@ -175,7 +183,8 @@ class Runtime:
                 )
             sampling = question.get("num_frames"), question.get("fps")
             key = content_key(question["video"], *sampling)
-            groups.setdefault(("none", number) if key is None else key, []).append(number)
+            name = ("none", number) if key is None else (key, reduction.check(question.get("reduce")))
+            groups.setdefault(name, []).append(number)
         found: list[Any] = [None] * len(questions)
         for numbers in groups.values():
             memory: Memory | None = None
@@ -195,6 +204,7 @@ class Runtime:
         question: str,
         num_frames: int | None = None,
         fps: float | None = None,
+        reduce: Reduction | None = None,
         timeout_seconds: float | None = None,
         stop: threading.Event | None = None,
         **settings: Any,
@@ -203,10 +213,17 @@ class Runtime:
         clock = Clock.of(timeout_seconds, stop)
         asked = request.check(self.model, self.tokenizer, question, **settings)
         if memory is None:
-            memory = self._see(video, asked, num_frames, fps, clock)
+            memory = self._see(video, asked, num_frames, fps, reduction.check(reduce), clock)
         return drain(memory.answer(asked, clock)), memory
 
-    def open_video(self, video: Source, *, num_frames: int | None = None, fps: float | None = None) -> Clip:
+    def open_video(
+        self,
+        video: Source,
+        *,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        reduce: Reduction | None = None,
+    ) -> Clip:
         """Read a video once, for many questions.
 
         What is kept are keys and values of every layer for each of its tokens. It is of no use beyond this Runtime, but
@@ -216,17 +233,15 @@ class Runtime:
             video: as in `ask`.
             num_frames: as in `ask`.
             fps: as in `ask`.
+            reduce: as in `ask`. With `keep` below 1 each question reads the video's tokens anew: which ones depends on
+                the question.
 
         Raises:
             VideoError: the video cannot be used.
             ConfigError: a setting is out of range, or the video is longer than the model's positions.
         """
-        backend, clock = self._open_backend(), Clock()
-        shown, frames = self._look(video, num_frames, fps, clock)
         asked = request.check(self.model, self.tokenizer, "?", max_tokens=1)
-        build(self.tokenizer, self.model, asked, shown.media)  # whether it fits, before the vision tower runs
-        tokens = self._encode(backend, frames, shown.media.grid_thw, clock)
-        memory = Memory(backend, self.model, self.tokenizer, shown, tokens)
+        memory = self._see(video, asked, num_frames, fps, reduction.check(reduce), Clock())
         memory.read()
         return Clip(memory, self.model, self.tokenizer)
 
@@ -244,29 +259,46 @@ class Runtime:
         self.close()
 
     def _answer(
-        self, video: Source, asked: Request, num_frames: int | None, fps: float | None, clock: Clock
+        self,
+        video: Source,
+        asked: Request,
+        num_frames: int | None,
+        fps: float | None,
+        reduce: Reduction,
+        clock: Clock,
     ) -> Generator[str, None, Answer]:
         """Run all stages that were not run for an earlier question; yield text as it is written, return the Answer."""
         self._open_backend()
         with clock("decode"):
-            key = content_key(video, num_frames, fps) if self._recent.max_bytes else None
+            name = content_key(video, num_frames, fps) if self._recent.max_bytes else None
+            key = None if name is None else (name, reduce)
         memory = None if key is None else self._recent.take(key)
         if memory is None:
-            memory = self._see(video, asked, num_frames, fps, clock)
+            memory = self._see(video, asked, num_frames, fps, reduce, clock)
         try:
             return (yield from memory.answer(asked, clock))
         finally:
             if key is not None and self._backend is not None:
                 self._recent.put(key, memory)
 
-    def _see(self, video: Source, asked: Request, num_frames: int | None, fps: float | None, clock: Clock) -> Memory:
+    def _see(
+        self,
+        video: Source,
+        asked: Request,
+        num_frames: int | None,
+        fps: float | None,
+        reduce: Reduction,
+        clock: Clock,
+    ) -> Memory:
         """Decode and encode a video about which a question is to be answered."""
         backend = self._open_backend()
-        shown, frames = self._look(video, num_frames, fps, clock)
+        shown, frames = self._look(video, num_frames, fps, reduce, clock)
         with clock("prefill"):  # before the vision tower, which may take minutes
-            build(self.tokenizer, self.model, asked, shown.media)
-        tokens = self._encode(backend, frames, shown.media.grid_thw, clock)
-        return Memory(backend, self.model, self.tokenizer, shown, tokens)
+            total = prompt.num_tokens(shown.media.grid_thw, self.model.vision.spatial_merge_size)
+            dropped = total - reduce.num_kept(total - num_dropped(shown.kept))
+            build(self.tokenizer, self.model, asked, shown.media, dropped)
+        tokens, pooled = self._encode(backend, frames, shown, clock)
+        return Memory(backend, self.model, self.tokenizer, shown, tokens, pooled, reduce)
 
     def _open_backend(self) -> Backend:
         backend = self._backend
@@ -274,23 +306,38 @@ class Runtime:
             raise ConfigError("this Runtime is closed; open the bundle again")
         return backend
 
-    def _look(self, video: Source, num_frames: int | None, fps: float | None, clock: Clock) -> tuple[Shown, Frames]:
-        """Decode a video, and resize its frames."""
+    def _look(
+        self, video: Source, num_frames: int | None, fps: float | None, reduce: Reduction, clock: Clock
+    ) -> tuple[Shown, Frames]:
+        """Decode a video, resize its frames, and find what in them is new."""
         with clock("decode"):
             frames = load(video, self.model.video, self.model.vision, num_frames=num_frames, fps=fps)
         with clock("preprocess"):
             vision, resized = self.model.vision, preprocess.resized(frames, self.model.video, self.model.vision)
             seconds = preprocess.seconds_per_temporal_patch(resized, vision)
             media = prompt.Media(resized.is_image, preprocess.grid_of(resized, vision), seconds)
-        return Shown(media, len(frames.data), frames.warnings), resized
+            kept = None if reduce.unchanged is None else reduction.changed(resized, vision, reduce.unchanged)
+        return Shown(media, len(frames.data), frames.warnings, None if kept is None else kept.reshape(-1)), resized
 
-    def _encode(self, backend: Backend, frames: Frames, grid: tuple[int, int, int], clock: Clock) -> Array:
-        """Run the vision tower over chunks of whole temporal patches; return video tokens [N_v, C]."""
-        cfg, parts = self.model, []
-        step = max(1, backend.vision_chunk // (grid[1] * grid[2]))
-        for start in range(0, grid[0], step):
+    def _encode(self, backend: Backend, frames: Frames, shown: Shown, clock: Clock) -> tuple[Array, Array]:
+        """Run the vision tower over chunks of whole temporal patches, those without a kept token left out.
+
+        Returns:
+            video tokens [N, C], those that are kept; and all of them pooled over space, [T_v, C], a temporal patch that
+            did not enter the tower having the row of the one before it.
+        """
+        cfg, (steps, rows, columns), parts = self.model, shown.media.grid_thw, []
+        kept = np.ones((steps, 1), np.bool_) if shown.kept is None else shown.kept.reshape(steps, -1)
+        enters = np.asarray(kept.any(1))
+        frames = preprocess.take(frames, cfg.vision, enters)
+        count, step = int(enters.sum()), max(1, backend.vision_chunk // (rows * columns))
+        for start in range(0, count, step):
             with clock("preprocess"):
-                patches = preprocess.patchify(frames, cfg.video, cfg.vision, start, min(start + step, grid[0]))
+                patches = preprocess.patchify(frames, cfg.video, cfg.vision, start, min(start + step, count))
             with clock("vision"):
                 parts.append(backend.encode(patches.pixels, patches.grid_thw))
-        return backend.join(parts)
+        tokens = backend.join(parts)
+        pooled = pool(tokens, count)
+        if shown.kept is None:
+            return tokens, pooled
+        return tokens[np.flatnonzero(kept[enters])], pooled[np.cumsum(enters) - 1]
