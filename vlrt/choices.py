@@ -32,8 +32,9 @@ def log_probabilities(
     """Return the log probability of each choice, the model being allowed to say nothing but one of them.
 
     Choices form a tree of tokens. Where it forks, the softmax runs over the tokens at the fork alone, so that only
-    their rows of the output head are read; what choices share between forks is fed at once. The results add up to one.
-    They are not the model's free odds of whole choices: a word that no other choice could have there costs nothing.
+    their rows of the output head are read. A branch is fed up to its last fork in one pass, so that choices whose forks
+    lie on one branch take one pass, others one per branch. The results add up to one. They are not the model's free
+    odds of whole choices: a word that no other choice could have there costs nothing.
 
     Args:
         choices: token ids of each, ending in a token that ends the answer, so that none begins another.
@@ -42,27 +43,46 @@ def log_probabilities(
         row_logits: logits of the given ids alone.
     """
     scores, fed = [0.0] * len(choices), 0
-    # What is still to be told apart: a state, the choices that go on from it, the number of their tokens before it.
-    todo = [(hidden, list(range(len(choices))), 0)] if len(choices) > 1 else []
+    todo = [(list(range(len(choices))), 0)]  # choices still to be told apart, and how many tokens of theirs are fed
     while todo:
-        hidden, members, depth = todo.pop()
+        members, depth = todo.pop()
         if fed > depth:
             stepper.rewind(fed - depth)
-        if stem := _shared([choices[member][depth:] for member in members]):
-            hidden = stepper.feed_tokens(stem)[-1:]
-        fed = depth + len(stem)
-        forks: dict[int, list[int]] = {}
-        for member in members:
-            forks.setdefault(choices[member][fed], []).append(member)
-        gains = _log_softmax(row_logits(hidden, np.array(list(forks), np.int64)))
-        for group, gain in zip(forks.values(), gains, strict=True):
-            for member in group:
-                scores[member] += float(gain)
-            if len(group) > 1:
-                todo.append((hidden, group, fed))
+        branch, forks = _branch(choices, members, depth)
+        states = stepper.feed_tokens(branch) if branch else None
+        fed = depth + len(branch)
+        for at, groups in forks:
+            state = hidden if states is None or at == 0 else states[at - 1 : at]
+            gains = _log_softmax(row_logits(state, np.array(list(groups), np.int64)))
+            for group, gain in zip(groups.values(), gains, strict=True):
+                for member in group:
+                    scores[member] += float(gain)
+            larger = [group for group in groups.values() if len(group) > 1]
+            todo += [(group, depth + at) for group in larger[1:]]
     if fed:
         stepper.rewind(fed)
     return scores
+
+
+def _branch(
+    choices: Sequence[Sequence[int]], members: list[int], depth: int
+) -> tuple[list[int], list[tuple[int, dict[int, list[int]]]]]:
+    """Follow choices from a depth on, at every fork the first group of two or more.
+
+    Returns:
+        The tokens up to the last fork; and the forks: how many of those tokens stand before it, and the choices that go
+        on with each token there.
+    """
+    branch: list[int] = []
+    forks = []
+    while len(members) > 1:
+        branch += _shared([choices[member][depth + len(branch) :] for member in members])
+        groups: dict[int, list[int]] = {}
+        for member in members:
+            groups.setdefault(choices[member][depth + len(branch)], []).append(member)
+        forks.append((len(branch), groups))
+        members = next((group for group in groups.values() if len(group) > 1), [])
+    return branch, forks
 
 
 def _shared(sequences: Sequence[Sequence[int]]) -> list[int]:

@@ -162,6 +162,7 @@ class Writer:
         assert self._cache.length == context.start
         self._position = context.next_position
         self._pending: list[int] = []
+        self.log_probabilities: list[float] = []  # of what `answer` decided, step by step, among what it might have
         self.last_hidden = self._read(context, check)
 
     @property
@@ -194,19 +195,28 @@ class Writer:
         """Concatenate rows."""
         return self._backend.join(parts)
 
-    def reason(self, context: Context, replace: Replace | None = None) -> Array:
+    def reason(
+        self, context: Context, replace: Replace | None = None, certain: Callable[[Array], bool] | None = None
+    ) -> Array:
         """Roll the latents out after the start token and return them.
 
         Args:
             context: the context that was read.
             replace: for ablations: given the model's own latents [L, C] returns the ones to go on with.
+            certain: see `latent.roll_out`.
         """
         plan = self._backend.model.latent
         assert plan is not None, "the caller asks for latents of models that have them"
         end = self._backend.embed(np.array([plan.end_token_id], np.int64))
         self._memory = self._backend.remember(context.pooled)
         latents, hidden = latent.roll_out(
-            plan, self, self.last_hidden, end, self._backend.queries(), lambda hidden: self._predicts(hidden, plan)
+            plan,
+            self,
+            self.last_hidden,
+            end,
+            self._backend.queries(),
+            lambda hidden: self._predicts(hidden, plan),
+            certain,
         )
         if replace is not None:
             self.rewind(len(latents) + 1)
@@ -242,6 +252,7 @@ class Writer:
             token_id = int(logits.argmax())  # of the first NaN, where there is one
             if np.isnan(logits[token_id]):
                 raise BundleError(_NO_NUMBERS)
+            self.log_probabilities.append(-float(np.log(np.exp(logits - logits[token_id]).sum(dtype=np.float64))))
             if token_id in eos:
                 return
             self._pending = [token_id]
@@ -252,17 +263,19 @@ class Writer:
         """Forget the token that `answer` yielded last."""
         self._pending = []
 
-    def score(self, answers: Sequence[Sequence[int]], lead: Sequence[int] = ()) -> list[float]:
+    def score(self, answers: Sequence[Sequence[int]], lead: Sequence[int] = (), hidden: Array = None) -> list[float]:
         """Return the log probability of each answer, given that it is one of them.
 
         Args:
             answers: ids of each, ending in an end token.
             lead: ids to append before the answer.
+            hidden: [1, C], the state that predicts it, without a lead; None: that of the last token.
 
         Raises:
             BundleError: the model computes no numbers.
         """
-        scores = choices.log_probabilities(answers, self._settle(lead), self, self._backend.row_logits)
+        hidden = self._settle(lead) if hidden is None else hidden
+        scores = choices.log_probabilities(answers, hidden, self, self._backend.row_logits)
         if np.isnan(scores).any():
             raise BundleError(_NO_NUMBERS)
         return scores

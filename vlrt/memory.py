@@ -4,7 +4,7 @@ The prompt up to the video's end is read once. Knows how a question is answered 
 no vision tower, and no engine from within.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vlrt import config, prompt
 from vlrt.answer import Answer, Clock, Usage, peak_host_memory_bytes
 from vlrt.backends.base import Array, Backend
+from vlrt.calibration import temper
 from vlrt.errors import Stopped
 from vlrt.generate import Context, Replace, Writer, check_length, read, read_rest
 from vlrt.kv_cache import KVCache
@@ -104,17 +105,17 @@ class Memory:
             latents = None
             if asked.reasoning == "latent":
                 with clock("latents"):
-                    made = writer.reason(context, _replacement(self._backend, asked))
+                    made = writer.reason(context, _replacement(self._backend, asked), self._certain(writer, asked))
                     latents = self._backend.lower(made)
             written: list[int] = []
             lead: list[int] = []
             if not asked.choices or asked.reasoning == "cot":
                 lead = yield from self._write(writer, asked, built.ids.tolist(), written, clock)
-            log_scores = None
+            chances: list[float] | None = None
             if asked.choices:
                 with clock("answer"):
-                    log_scores = writer.score(asked.choice_ids, lead)
-            return self._finish(asked, built, num_dropped(kept), context.start, latents, written, log_scores, clock)
+                    chances = temper(writer.score(asked.choice_ids, lead), self._model.choice_temperature)
+            return self._finish(asked, built, kept, context.start, latents, written, chances, writer, clock)
         except (GeneratorExit, Stopped):  # between two steps: whoever read the stream has left, or its time is over
             raise
         except BaseException:
@@ -123,6 +124,18 @@ class Memory:
         finally:
             if self._cache is not None:
                 self._cache.rewind(self._cache.length - self._prefix)
+
+    def _certain(self, writer: Writer, asked: Request) -> Callable[[Array], bool] | None:
+        """Return what tells whether a choice is certain enough for no more latents, given the state before it."""
+        limit = asked.early_exit
+        if limit is None:
+            return None
+
+        def certain(hidden: Array) -> bool:
+            log_scores = writer.score(asked.choice_ids, hidden=hidden)
+            return max(temper(log_scores, self._model.choice_temperature)) >= limit
+
+        return certain
 
     def _choose(self, question: str) -> tuple[NDArray[np.bool_] | None, Array]:
         """Return which of the video's tokens are read for a question, [N_v] (None: all), and those."""
@@ -199,15 +212,18 @@ class Memory:
         self,
         asked: Request,
         built: prompt.Prompt,
-        dropped: int,
+        kept: NDArray[np.bool_] | None,
         reused: int,
         latents: NDArray[np.float32] | None,
         written: list[int],
-        log_scores: list[float] | None,
+        chances: list[float] | None,
+        writer: Writer,
         clock: Clock,
     ) -> Answer:
         """Put the answer together."""
+        dropped = num_dropped(kept)
         text, thought, choice, scores = self._tokenizer.decode(written), None, None, None
+        confidence = None if asked.reasoning == "cot" else float(np.exp(np.mean(writer.log_probabilities or [0.0])))
         usage = Usage(
             num_frames=self.shown.num_frames,
             video_tokens=sum(span.num_tokens for span in built.spans) - dropped,
@@ -220,16 +236,17 @@ class Memory:
         )
         if asked.reasoning == "cot":
             thought, text = prompt.split_cot(text)
-        if log_scores is not None:
-            best = int(np.argmax(log_scores))
+        if chances is not None:
+            confidence, best = max(chances), int(np.argmax(chances))
             text = choice = asked.choices[best]
-            scores = dict(zip(asked.choices, np.exp(log_scores).tolist(), strict=True))
+            scores = dict(zip(asked.choices, chances, strict=True))
             written = self._tokenizer.encode(choice)
         return Answer(
             text=text,
             token_ids=tuple(written),
             choice=choice,
             scores=scores,
+            confidence=confidence,
             finished=choice is not None or usage.answer_tokens < asked.max_tokens,
             reasoning=asked.reasoning,
             thought=thought,

@@ -30,7 +30,7 @@ MAX_THREADS = 1024  # more is a slip, and the engine takes minutes to start them
 VIDEO_CACHE_BYTES = 256 * 1024**2
 ASKED_ALWAYS = ("video", "question")  # arguments of `Runtime.ask`
 ASKED = {*ASKED_ALWAYS, "choices", "reasoning", "max_tokens", "min_tokens", "num_frames", "fps", "latents"}
-ASKED |= {"reduce", "timeout_seconds", "stop"}
+ASKED |= {"early_exit", "reduce", "timeout_seconds", "stop"}
 
 
 class Runtime:
@@ -93,6 +93,7 @@ class Runtime:
         num_frames: int | None = None,
         fps: float | None = None,
         latents: NDArray[np.float32] | str | None = None,
+        early_exit: float | None = None,
         reduce: Reduction | None = None,
         timeout_seconds: float | None = None,
         stop: threading.Event | None = None,
@@ -110,6 +111,8 @@ class Runtime:
             fps: sample so many frames per second; None: the bundle's setting. Frames are taken as they are.
             latents: for ablations: [L, C] float32 to inject in place of the model's own (L may be 0), or "dummy" or
                 "noise" (`latent.ablate`).
+            early_exit: with choices and latents: make no more latents once a choice has this probability, see
+                `Answer.scores`; the answer is that of a model with so many latents. None: make all.
             reduce: which of the video's tokens the model is not shown, at the price of some accuracy; None: it is
                 shown all. What is remembered of a video is remembered for one reduction.
             timeout_seconds: after which nothing more is begun; what is under way, a pass over some of the video or a
@@ -130,6 +133,7 @@ class Runtime:
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             latents=latents,
+            early_exit=early_exit,
         )
         clock = Clock.of(timeout_seconds, stop)
         return drain(self._answer(video, asked, num_frames, fps, reduction.check(reduce), clock))

@@ -83,6 +83,7 @@ class Clip:
         max_tokens: int | None = None,
         min_tokens: int = 0,
         latents: NDArray[np.float32] | str | None = None,
+        early_exit: float | None = None,
         timeout_seconds: float | None = None,
         stop: threading.Event | None = None,
     ) -> Answer:
@@ -100,6 +101,7 @@ class Clip:
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             latents=latents,
+            early_exit=early_exit,
         )
         return drain(self._answer(asked, Clock.of(timeout_seconds, stop)))
 
