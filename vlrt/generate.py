@@ -182,6 +182,18 @@ class Writer:
         """Append tokens; return their hidden states [S, C]."""
         return self.feed(self._backend.embed(np.array(token_ids, np.int64)))
 
+    def feed_apart(self, branches: Sequence[Sequence[int]]) -> list[Array]:
+        """Feed tokens of each branch as if the others were not there, and take them back.
+
+        Returns:
+            hidden states [S, C] of each.
+        """
+        found = []
+        for branch in branches:
+            found.append(self.feed_tokens(branch))
+            self.rewind(len(branch))
+        return found
+
     def rewind(self, count: int) -> None:
         """Take the last `count` text positions back."""
         self._cache.rewind(count)
