@@ -19,7 +19,7 @@ from vlrt.export import translate
 from vlrt.models.decoder import CachedAttention
 from vlrt.models.registry import VideoLatent
 
-_EXAMPLE_SIZES = {"N": 32, "N_v": 8, "T_1": 3, "W_1": 5, "S": 5, "M": 16, "L": 3, "T_v": 6}
+_EXAMPLE_SIZES = {"N": 32, "N_v": 8, "T_1": 3, "W_1": 5, "S": 5, "M": 16, "L": 3, "T_v": 6, "S_bias": 7, "T_bias": 9}
 
 
 class _Vision(nn.Module):
@@ -37,9 +37,9 @@ class _Decoder(nn.Module):
         self.model = model.model
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        inputs_embeds, cos, sin, past_length, *caches = inputs
+        inputs_embeds, cos, sin, past_length, *caches, bias = inputs
         half = len(caches) // 2
-        attend = CachedAttention(cos, sin, past_length, caches[:half], caches[half:])
+        attend = CachedAttention(cos, sin, past_length, caches[:half], caches[half:], bias)
         return (self.model(inputs_embeds, attend), *attend.keys, *attend.values)
 
 

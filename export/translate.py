@@ -59,6 +59,54 @@ def VideoAttention(
 
 
 @script(_vlrt)
+def LaneAttention(
+    q: FLOAT,
+    k: FLOAT,
+    v: FLOAT,
+    cos: FLOAT,
+    sin: FLOAT,
+    k_cache: FLOAT,
+    v_cache: FLOAT,
+    past_length: INT32,
+    bias: FLOAT,
+    num_heads: int,
+    kv_num_heads: int,
+) -> tuple[FLOAT, FLOAT, FLOAT]:
+    """`kernels.reference.video_attention` with a bias, where it has elements: adding zeros would take a tenth more.
+
+    Caches are written in place through the branches too.
+    """
+    if op.Size(bias) == op.Constant(value_int=0):
+        out, k_new, v_new = VideoAttention(
+            q, k, v, cos, sin, k_cache, v_cache, past_length, num_heads=num_heads, kv_num_heads=kv_num_heads
+        )
+    else:
+        shape = op.Shape(q)
+        num_new = op.Cast(op.Gather(shape, op.Constant(value_ints=[1])), to=6)
+        total = op.Add(op.Reshape(past_length, op.Constant(value_ints=[1])), num_new)
+        last = op.Sub(total, op.Cast(op.Constant(value_ints=[1]), to=6))
+        flat = op.Constant(value_ints=[0, 0, -1])
+        mixed, k_new, v_new = _ort.GroupQueryAttention(
+            op.Reshape(q, flat),
+            op.Reshape(k, flat),
+            op.Reshape(v, flat),
+            k_cache,
+            v_cache,
+            last,
+            total,
+            cos,
+            sin,
+            None,
+            bias,
+            num_heads=num_heads,
+            kv_num_heads=kv_num_heads,
+            do_rotary=1,
+        )
+        out = op.Reshape(mixed, shape)
+    return out, k_new, v_new
+
+
+@script(_vlrt)
 def SegmentAttention(q: FLOAT, k: FLOAT, v: FLOAT, cos: FLOAT, sin: FLOAT, cu_seqlens: INT32, num_heads: int) -> FLOAT:
     """`kernels.reference.segment_attention`: segments of one length as a batch, others padded to the longest."""
     shape = op.Shape(q)
@@ -132,7 +180,8 @@ def LatentInjection(
     return op.Mul(rho, op.Mul(op.Div(mixed, scale), norm_out))
 
 
-FUNCTIONS = (VideoAttention, SegmentAttention, LatentInjection)
+FUNCTIONS = (VideoAttention, LaneAttention, SegmentAttention, LatentInjection)
+_CALLS = {"LaneAttention": "VideoAttention"}
 
 
 def _schema(name: str, inputs: list[str], outputs: list[str], attributes: dict[str, str]) -> OpSchema:
@@ -165,10 +214,10 @@ def _node(schema: OpSchema) -> Callable[..., Any]:
 
 
 _ATTENTION = ["q", "k", "v", "cos", "sin"]
-_video_attention = _node(
+_lane_attention = _node(
     _schema(
-        "VideoAttention",
-        [*_ATTENTION, "k_cache", "v_cache", "past_length"],
+        "LaneAttention",
+        [*_ATTENTION, "k_cache", "v_cache", "past_length", "bias"],
         ["out", "k_new", "v_new"],
         {"num_heads": "int", "kv_num_heads": "int"},
     )
@@ -186,10 +235,10 @@ _linear = _node(_schema("Linear", ["x", "weight", "bias?"], ["out"], {}))
 
 
 def _translate_video_attention(
-    q: Any, k: Any, v: Any, cos: Any, sin: Any, k_cache: Any, v_cache: Any, past_length: Any
+    q: Any, k: Any, v: Any, cos: Any, sin: Any, k_cache: Any, v_cache: Any, past_length: Any, bias: Any
 ) -> Any:
-    return _video_attention(
-        q, k, v, cos, sin, k_cache, v_cache, past_length, num_heads=q.shape[2], kv_num_heads=k.shape[2]
+    return _lane_attention(
+        q, k, v, cos, sin, k_cache, v_cache, past_length, bias, num_heads=q.shape[2], kv_num_heads=k.shape[2]
     )
 
 
@@ -239,10 +288,12 @@ TABLE: dict[Any, Callable[..., Any]] = {
 def attach_functions(model: ir.Model) -> None:
     """Add to a model the bodies of the vlrt functions that its graph calls."""
     called = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    called |= {_CALLS[name] for name in called if name in _CALLS}
     for function in FUNCTIONS:
         if function.name in called:
             body = ir.from_proto(function.to_function_proto())
             assert isinstance(body, ir.Function)
+            body.opset_imports["com.microsoft"] = body.opset_imports[DOMAIN] = 1  # also of what branches alone name
             model.functions[body.identifier()] = body
             model.opset_imports["com.microsoft"] = 1
     model.opset_imports[DOMAIN] = 1

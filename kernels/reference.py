@@ -36,7 +36,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q: [B, S, H, D].
         k: [B, K, H_kv, D]; H is a multiple of H_kv.
         v: [B, K, H_kv, D].
-        mask: bool, broadcastable to [B, H, S, K], True where a query may look; None: everywhere.
+        mask: broadcastable to [B, H, S, K]: bool, True where a query may look, or a number that is added to the score;
+            None: a query looks everywhere.
 
     Returns:
         [B, S, H, D].
@@ -45,12 +46,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     k, v = (x.repeat_interleave(groups, dim=2).transpose(1, 2) for x in (k, v))
     scores = q.transpose(1, 2) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
 def video_attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, past_length: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past_length: Tensor,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotary, append to the KV cache, causal attention over the whole of it.
 
@@ -63,16 +72,25 @@ def video_attention(
         k_cache: [B, H_kv, M, D], rotated keys; slots from past_length on are ignored and overwritten.
         v_cache: [B, H_kv, M, D].
         past_length: int32 scalar tensor: slots in use before this call; past_length + S <= M.
+        bias: [1, 1, S, past_length + S], added to the scores, -inf hiding a slot; None or without an element: nothing.
 
     Returns:
         out [B, S, H, D], and the two caches with slots past_length .. past_length + S written.
     """
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
-    return video_attention_(q, k, v, cos, sin, k_cache, v_cache, past_length), k_cache, v_cache
+    return video_attention_(q, k, v, cos, sin, k_cache, v_cache, past_length, bias), k_cache, v_cache
 
 
 def video_attention_(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, past_length: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    past_length: Tensor,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`video_attention` that writes into the caches it is given; returns out [B, S, H, D] alone."""
     past = cast(int, past_length.item())  # unlike int(), leaves it symbolic where the backward is traced
@@ -83,6 +101,8 @@ def video_attention_(
     k_cache[:, :, new] = k.transpose(1, 2)
     v_cache[:, :, new] = v.transpose(1, 2)
     mask = torch.ones(num_new, total, dtype=torch.bool, device=q.device).tril(past)
+    if bias is not None and bias.numel():
+        mask = bias.masked_fill(~mask, float("-inf"))
     keys, values = (x[:, :, :total].transpose(1, 2) for x in (k_cache, v_cache))
     return attention(q, keys, values, mask).contiguous()
 

@@ -18,8 +18,8 @@ LIBRARY = torch.library.Library("vlrt", "DEF")
 
 SCHEMAS = {
     "video_attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache, Tensor past_length)"
-        " -> (Tensor, Tensor, Tensor)"
+        "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor k_cache, Tensor v_cache, Tensor past_length,"
+        " Tensor? bias=None) -> (Tensor, Tensor, Tensor)"
     ),
     "video_attention_": (
         "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache,"
@@ -53,7 +53,7 @@ LAUNCHERS = {  # module of kernels/ that holds the launcher of each op
 
 
 def _video_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, past_length: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q).contiguous(), torch.empty_like(k_cache), torch.empty_like(v_cache)
 

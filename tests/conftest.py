@@ -14,6 +14,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a machine that should have the C++ library, or a browser, say so."""
     parser.addoption("--require-ort-library", action="store_true", help="fail where libvlrt_ort cannot be built")
     parser.addoption("--require-browser", action="store_true", help="fail where Chromium is not installed")
+    parser.addoption("--soak", action="store_true", help="run what takes minutes too: load, leaks and kills at length")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what takes minutes unless `--soak` asks for it; each has a short version that always runs."""
+    if not config.getoption("--soak"):
+        long = [item for item in items if "soak" in item.keywords]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if "soak" not in item.keywords]
 
 
 @pytest.fixture(scope="session")

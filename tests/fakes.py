@@ -30,7 +30,7 @@ class FakeBackend:
         full_reads: rows of each `logits`.
     """
 
-    prefill_chunk, vision_chunk = 512, 4096
+    prefill_chunk, vision_chunk, has_lanes = 512, 4096, False
 
     def __init__(self, model=None):
         self.model = model or fake_model()

@@ -254,6 +254,24 @@ def test_questions_about_one_video_equal_fresh_ones(opened, passes, reduce):
     assert len(passes) == 2  # one for all of ask_many, one for the open video
 
 
+def test_questions_side_by_side_know_what_was_dropped(opened):
+    """Catches a lane behind a prefix of another length, and an early exit that ends the latents of another question."""
+    clip, reduce = still(moves=[1, 2, 5]), Reduction(unchanged=1)
+    asked = [*QUESTIONS, {"question": "Up or down?", "choices": ["up", "down"], "early_exit": 0.01}]
+    opened._recent.clear()
+    fresh = [opened.ask(clip, reduce=reduce, **one) for one in asked]
+    assert [answer.usage.latents for answer in fresh] == [4, 0, 4, 1]
+    opened._recent.clear()
+    with opened.open_video(clip, reduce=reduce) as video:
+        for many in (
+            opened.ask_many([{"video": clip, "reduce": reduce, **one} for one in asked]),
+            video.ask_many(asked),
+        ):
+            for out, ref in zip(many, fresh, strict=True):
+                assert [getattr(out, name) for name in SEEN] == [getattr(ref, name) for name in SEEN]
+                assert (out.usage.latents, out.usage.dropped_tokens) == (ref.usage.latents, ref.usage.dropped_tokens)
+
+
 def test_a_reduced_video_is_remembered_apart(opened):
     """Catches a key that does not name the reduction: tokens that are missing from another question's video."""
     clip = still(moves=[2])

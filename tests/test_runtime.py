@@ -25,6 +25,7 @@ from vlrt.answer import Answer, Clock
 from vlrt.backends.ort import OrtBackend, num_usable_cores
 from vlrt.bundle import Bundle
 from vlrt.errors import BackendUnavailable, BundleError, ConfigError, VideoError
+from vlrt.generate import Writer
 from vlrt.memory import Memory
 from vlrt.request import ANSWER_TAG, Request
 from vlrt.runtime import Runtime
@@ -154,6 +155,31 @@ def test_scores_are_the_odds_of_the_model_s_next_words(opened, monkeypatch):
     odds = np.exp(seen[0][ids].astype(np.float64))
     out = opened.ask(square(), QUESTION, choices=choices)
     assert out.scores == pytest.approx(dict(zip(choices, odds / odds.sum(), strict=True)), rel=1e-4)
+
+
+@pytest.mark.parametrize("reasoning", ["latent", "direct", "cot"])
+def test_branches_of_choices_take_one_pass_and_do_not_see_each_other(opened, monkeypatch, reasoning):
+    """Catches a decoder pass per branch, branches that look at each other, and slots that stay taken."""
+    choices = ["to the left", "to the right", "nowhere", "nobody", "up, up, up", "up, up, down"]
+    asked = {"choices": choices, "reasoning": reasoning, "max_tokens": 3}
+    passes, decode = [], OrtBackend.decode
+
+    def spy(self, cache, embeds, cos, sin, lanes=None):
+        passes.append(None if lanes is None else len(set(lanes.tolist())))
+        return decode(self, cache, embeds, cos, sin, lanes)
+
+    monkeypatch.setattr(OrtBackend, "decode", spy)
+    out = opened.ask(square(), QUESTION, **asked)
+    assert [count for count in passes if count is not None] == [3]
+    assert passes[-1] == 3
+    with opened.open_video(square()) as video:
+        for _ in range(2):
+            assert video.ask(QUESTION, **asked).scores == pytest.approx(out.scores, rel=1e-4)
+    passes.clear()
+    monkeypatch.setattr(Writer, "feed_apart", Writer._feed_in_turn)
+    ref = opened.ask(square(), QUESTION, **asked)
+    assert set(passes) == {None}
+    assert out.scores == pytest.approx(ref.scores, rel=1e-4)
 
 
 def test_a_temperature_makes_choices_less_certain_and_none_likelier(opened, monkeypatch):

@@ -105,6 +105,16 @@ class Stream:
         self._pieces.close()
 
 
+def drain(pieces: Generator[str, None, Answer]) -> Answer:
+    """Run an answer to its end."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as stop:
+            answer: Answer = stop.value
+            return answer
+
+
 @dataclass
 class Clock:
     """Seconds per stage; and whether a question is still to be answered, which every stage and every step of it asks.

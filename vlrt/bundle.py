@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt import config, names
+from vlrt import config, names, unfinished
 from vlrt.errors import BundleError, ConfigError, ExportError
+from vlrt.watched import Watched
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -108,6 +108,7 @@ class Bundle:
         try:
             if not directory.is_dir():
                 hint = "; it is a file" if directory.exists() else ""
+                hint = hint or unfinished.explain(directory)
                 raise BundleError(f"{directory} is not a bundle{hint}; accepted: a directory that `vlrt export` wrote")
             if not (directory / MANIFEST).is_file():
                 hint = "; it is a checkpoint: export it first" if (directory / "config.json").is_file() else ""
@@ -175,11 +176,24 @@ class Bundle:
             )
         return np.memmap(self.file(table.file), stored, mode="r", shape=(table.rows, table.columns))
 
+    def watched(self) -> Watched:
+        """Watch the files for changes.
+
+        Raises:
+            BundleError: one cannot be read.
+        """
+        return Watched(self.path / name for name in self.manifest.files)
+
     def _check_size(self, name: str, record: FileRecord) -> None:
         try:
             is_file, found = (self.path / name).is_file(), (self.path / name).stat().st_size
-        except (OSError, ValueError):  # ValueError: a name that the system cannot have
-            is_file, found = False, 0
+            inside = (self.path / name).resolve().is_relative_to(self.path.resolve())
+        except (OSError, ValueError, RuntimeError):  # a name that the system cannot have, or links in a circle
+            is_file, inside, found = False, True, 0
+        if not inside:
+            raise BundleError(
+                f"{self.path / name} is a link that leads out of the bundle; copy the bundle with its links followed"
+            )
         if not is_file:
             raise BundleError(f"{self.path} lacks its file {name!r}; copy or export the bundle again")
         if found != record.num_bytes:
@@ -211,28 +225,34 @@ def sha256(path: Path) -> str:
 def writing(out: Path) -> Iterator[Path]:
     """Give a temporary sibling of `out` to write a bundle into, and put it in place of `out` when the block ends well.
 
-    On any error, and on an interruption, the temporary directory is removed and what was at `out` stays.
+    On any error, and on an interruption, the temporary directory is removed and what was at `out` stays. What a process
+    that was killed left beside `out` is put right first, with a warning: see unfinished.py.
 
     Raises:
         ExportError: `out` exists and is not a bundle, its parent cannot be written to, or the disk is full.
     """
     try:
+        unfinished.recover(out)
         if out.is_symlink() or (out.exists() and not (out / MANIFEST).is_file() and not _is_empty(out)):
             raise ExportError(
                 f"{out} exists and is not a bundle; accepted: a new path, an empty directory, or a bundle to replace"
             )
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        stack = contextlib.ExitStack()
+        temporary = stack.enter_context(unfinished.held(out, unfinished.PARTIAL))
     except OSError as error:
         raise ExportError(f"cannot write to {out.parent}: {error.strerror}") from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        _replace(temporary, out)
-    except OSError as error:
-        raise ExportError(f"cannot write {out}: {error.strerror or error}; free space or choose another -o") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with stack:
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            _replace(temporary, out)
+        except OSError as error:
+            raise ExportError(
+                f"cannot write {out}: {error.strerror or error}; free space or choose another -o"
+            ) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def hash_files(directory: Path) -> dict[str, FileRecord]:
@@ -285,18 +305,18 @@ def _replace(temporary: Path, out: Path) -> None:
     if not out.exists():
         temporary.rename(out)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    old = aside / out.name
-    try:
-        out.rename(old)
-        temporary.rename(out)
-    except BaseException:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        raise
-    finally:
-        if out.exists() or not old.exists():  # else the old one could not be put back: it is not deleted
-            shutil.rmtree(aside, ignore_errors=True)
+    with unfinished.held(out, unfinished.OLD) as aside:
+        old = aside / out.name
+        try:
+            out.rename(old)
+            temporary.rename(out)
+        except BaseException:
+            if old.exists() and not out.exists():
+                old.rename(out)
+            raise
+        finally:
+            if out.exists() or not old.exists():  # else the old one could not be put back: it is not deleted
+                shutil.rmtree(aside, ignore_errors=True)
 
 
 def _is_empty(path: Path) -> bool:

@@ -42,6 +42,18 @@ def content_key(source: Source, num_frames: int | None, fps: float | None) -> Ha
     return (type(source).__name__, digest.digest(), num_frames, fps)
 
 
+def stamp(source: Source) -> Hashable:
+    """Return what changes whenever the files of a source are written to or replaced; None where it has none."""
+    if isinstance(source, Frames | bytes):
+        return None
+    paths = [source] if isinstance(source, str | os.PathLike) else source
+    try:
+        found = [os.stat(path) for path in paths]
+    except (OSError, ValueError, TypeError):
+        return None
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
+
+
 def _of_file(path: str | os.PathLike[str]) -> Hashable:
     """Return the hash of a file; of a large one that of both ends, with its size and the time it was written."""
     with Path(path).open("rb") as file:

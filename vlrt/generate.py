@@ -159,7 +159,6 @@ class Writer:
         self._backend = backend
         self._memory: Any = None
         self._cache = backend.prepare(context.end + room) if cache is None else cache
-        assert self._cache.length == context.start
         self._position = context.next_position
         self._pending: list[int] = []
         self.log_probabilities: list[float] = []  # of what `answer` decided, step by step, among what it might have
@@ -174,7 +173,7 @@ class Writer:
         """Append embeds [S, C] at the next text positions; return their hidden states [S, C]."""
         at = np.arange(self._position, self._position + len(embeds), dtype=np.int64)
         tables = positions.mrope_cos_sin(np.stack([at, at, at]), self._backend.model.decoder)
-        hidden = self._backend.decode(self._cache, embeds, *tables)
+        hidden = self._decode(embeds, *tables)
         self._position += len(embeds)
         return hidden
 
@@ -183,11 +182,24 @@ class Writer:
         return self.feed(self._backend.embed(np.array(token_ids, np.int64)))
 
     def feed_apart(self, branches: Sequence[Sequence[int]]) -> list[Array]:
-        """Feed tokens of each branch as if the others were not there, and take them back.
+        """Feed tokens of each branch as if the others were not there, and take them back; in one pass where lanes are.
 
         Returns:
             hidden states [S, C] of each.
         """
+        lengths = [len(branch) for branch in branches]
+        if len(branches) == 1 or sum(lengths) > self._backend.prefill_chunk or not self._backend.has_lanes:
+            return self._feed_in_turn(branches)
+        embeds = self._backend.embed(np.concatenate([np.array(branch, np.int64) for branch in branches]))
+        at = self._position + np.concatenate([np.arange(length) for length in lengths])
+        tables = positions.mrope_cos_sin(np.stack([at, at, at]), self._backend.model.decoder)
+        lanes = np.repeat(np.arange(1, len(branches) + 1, dtype=np.int32), lengths)
+        hidden = self._backend.decode(self._cache, embeds, *tables, lanes)
+        self._cache.rewind(len(embeds))
+        ends = np.cumsum(lengths)
+        return [hidden[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+    def _feed_in_turn(self, branches: Sequence[Sequence[int]]) -> list[Array]:
         found = []
         for branch in branches:
             found.append(self.feed_tokens(branch))
@@ -255,7 +267,7 @@ class Writer:
         """
         known = set(seen)
         for count in range(max_tokens):
-            logits = self._backend.logits(self._settle([]))[0]
+            logits = self._logits()
             if penalty != 1 and known:
                 logits = _penalised(logits, np.array(sorted(known), np.int64), penalty)
             if count < min_tokens:
@@ -292,6 +304,11 @@ class Writer:
             raise BundleError(_NO_NUMBERS)
         return scores
 
+    def _logits(self) -> NDArray[np.float32]:
+        """Return the logits [V] of the next token."""
+        row: NDArray[np.float32] = self._backend.logits(self._settle([]))[0]
+        return row
+
     def _settle(self, more: Sequence[int]) -> Array:
         """Feed what was answered but not fed yet, and `more`; return the last hidden state [1, C]."""
         ids, self._pending = [*self._pending, *more], []
@@ -301,6 +318,7 @@ class Writer:
 
     def _read(self, context: Context, check: Callable[[], None] | None) -> Array:
         """Prefill in chunks; return the hidden state [1, C] of the last position."""
+        assert self._cache.length == context.start
         cos, sin = positions.mrope_cos_sin(context.positions, self._backend.model.decoder)
         hidden: Array = None
         size = self._backend.prefill_chunk
@@ -308,8 +326,11 @@ class Writer:
             if check is not None:
                 check()
             chunk = slice(start, start + size)
-            hidden = self._backend.decode(self._cache, context.embeds[chunk], cos[chunk], sin[chunk])
+            hidden = self._decode(context.embeds[chunk], cos[chunk], sin[chunk])
         return hidden[-1:]
+
+    def _decode(self, embeds: Array, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> Array:
+        return self._backend.decode(self._cache, embeds, cos, sin)
 
     def _predicts(self, hidden: Array, plan: Any) -> bool:
         return int(self._backend.logits(hidden)[0].argmax()) == int(plan.end_token_id)

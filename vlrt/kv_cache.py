@@ -1,7 +1,8 @@
-"""The keys and values of one sequence in host memory: allocate, view, advance, rewind.
+"""The keys and values of a sequence in host memory: allocate, view, advance, rewind.
 
 Slots are allocated once and filled from the front; each also has its row of the rotary tables, since M-RoPE turns a key
-by where it stands in time and space and not by its slot. Knows no model and no engine.
+by where it stands in time and space and not by its slot. Several sequences may share a cache: each slot is of a lane,
+and a lane sees its own slots and those of its trunk, what its sequence begins with. Knows no model and no engine.
 """
 
 import numpy as np
@@ -11,6 +12,8 @@ from vlrt import config
 from vlrt.errors import ConfigError
 
 Array = NDArray[np.float32]
+
+TRUNK = 1 << 16  # lanes k * TRUNK are trunks; lanes between them and the next one go on from them
 
 
 class KVCache:
@@ -25,6 +28,7 @@ class KVCache:
         values: likewise.
         cos: [M, D/2] float32, row m for slot m.
         sin: [M, D/2] float32.
+        lanes: [M] int32, of each slot; 0, a trunk, where there is one sequence.
         past_length: int32 array of no axes, slots in use; engines read it in place.
     """
 
@@ -34,6 +38,7 @@ class KVCache:
         self.values = [np.zeros(shape, np.float32) for _ in range(decoder.num_layers)]
         self.cos = np.zeros((capacity, decoder.head_dim // 2), np.float32)
         self.sin = np.zeros_like(self.cos)
+        self.lanes = np.zeros(capacity, np.int32)
         self.past_length = np.zeros((), np.int32)
 
     @property
@@ -46,8 +51,8 @@ class KVCache:
         """Number of slots in use."""
         return int(self.past_length)
 
-    def place(self, cos: Array, sin: Array) -> None:
-        """Write the rotary rows [S, D/2] of the next S slots.
+    def place(self, cos: Array, sin: Array, lanes: NDArray[np.int32] | int = 0) -> None:
+        """Write the rotary rows [S, D/2], and the lanes [S], of the next S slots.
 
         Raises:
             ConfigError: fewer than S slots are free.
@@ -58,6 +63,17 @@ class KVCache:
                 f"the sequence would take {stop} slots of a cache of {self.capacity}; ask with fewer frames or tokens"
             )
         self.cos[self.length : stop], self.sin[self.length : stop] = cos, sin
+        self.lanes[self.length : stop] = lanes
+
+    def bias(self, count: int) -> Array:
+        """Return [1, 1, count, length + count] for attention of the next `count` slots, -inf where a lane is hidden.
+
+        Which slots come later is not in it.
+        """
+        lanes = self.lanes[: self.length + count]
+        own = lanes[self.length :, None]
+        seen = (lanes == own) | (lanes == own // TRUNK * TRUNK)
+        return np.where(seen, np.float32(0), np.float32(-np.inf))[None, None]
 
     def advance(self, count: int) -> None:
         """Take `count` slots into use, their keys and values having been written."""
@@ -75,14 +91,13 @@ class KVCache:
         parts = [*self.keys, *self.values, self.cos, self.sin]
         return sum(part.nbytes for part in parts) * self.length // self.capacity
 
-    def take(self, other: "KVCache") -> None:
-        """Copy what another cache holds into this one, which is empty and has as many slots or more."""
-        assert self.length == 0
-        count = other.length
+    def take(self, other: "KVCache", lane: int = 0) -> None:
+        """Copy what another cache holds into the next slots of this one, of which as many are free, as a lane."""
+        count, free = other.length, self.length
         for mine, its in ((self.keys, other.keys), (self.values, other.values)):
             for target, source in zip(mine, its, strict=True):
-                target[:, :, :count] = source[:, :, :count]
-        self.place(other.cos[:count], other.sin[:count])
+                target[:, :, free : free + count] = source[:, :, :count]
+        self.place(other.cos[:count], other.sin[:count], lane)
         self.advance(count)
 
     def view(self, layer: int) -> tuple[Array, Array]:

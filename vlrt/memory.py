@@ -64,8 +64,8 @@ class Memory:
         pooled: Array = None,
         reduce: Reduction = NONE,
     ) -> None:
-        self.shown = shown
-        self._backend, self._model, self._tokenizer, self._tokens = backend, model, tokenizer, tokens
+        self.shown, self.backend = shown, backend
+        self._model, self._tokenizer, self._tokens = model, tokenizer, tokens
         self._ids: NDArray[np.int64] = np.zeros(0, np.int64)  # what the cache holds
         self._kept: NDArray[np.bool_] | None = None  # of the video's tokens
         self._prefix = 0  # positions of it that do not depend on the question
@@ -80,14 +80,62 @@ class Memory:
 
     def read(self) -> None:
         """Read the prompt up to the video's end, before there is a question; nothing where it depends on that."""
-        if self._reduce.keep < 1:
-            return
-        built = prompt.build(self._tokenizer, self._model, "?", [self.shown.media], reasoning="direct")
-        kept = self.shown.kept
-        whole = read(self._backend, built, self._tokens, kept, self._pooled)
-        stop = video_end(built, self._model)
-        cache = Writer(self._backend, whole.upto(stop - num_dropped(kept)), SLACK).cache
-        self._keep(cache, built.ids[:stop], kept, whole.pooled)
+        if self.is_shared:
+            self.knows(prompt.build(self._tokenizer, self._model, "?", [self.shown.media], reasoning="direct"))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all questions read the same of the video."""
+        return self._reduce.keep == 1
+
+    @property
+    def pooled(self) -> Array:
+        """Video tokens [T_v, C], mean-pooled over space, once the prompt has been read."""
+        return self._pooled
+
+    def build(self, asked: Request) -> prompt.Prompt:
+        """Return the prompt of a question, where all read the same of the video: see `build`."""
+        return build(self._tokenizer, self._model, asked, self.shown.media, num_dropped(self.shown.kept))
+
+    def has(self, built: prompt.Prompt) -> bool:
+        """Return whether a prompt has been read up to the video's end, where all read the same of that."""
+        return self._has(built, self.shown.kept)
+
+    def knows(self, built: prompt.Prompt, check: Callable[[], None] | None = None) -> bool:
+        """Read a prompt up to the video's end where that has not been read; return whether it had been.
+
+        `check` is called before each pass over a chunk of it, and raises where reading is to end.
+        """
+        if self.has(built):
+            return True
+        stop, kept, self._cache = video_end(built, self._model), self.shown.kept, None
+        whole = read(self.backend, built, self._tokens, kept, self._pooled)
+        writer = Writer(self.backend, whole.upto(stop - num_dropped(kept)), SLACK, check=check)
+        self._keep(writer.cache, built.ids[:stop], kept, whole.pooled)
+        return False
+
+    def cache(self, room: int) -> KVCache:
+        """Return what was read, in a cache with `room` slots beyond it."""
+        assert self._cache is not None, "the caller has it read before"
+        stop = self._cache.length
+        if self._cache.capacity < stop + room:
+            larger = self.backend.prepare(stop + room + SLACK)
+            larger.take(self._cache)
+            self._cache = larger
+        return self._cache
+
+    def rest(self, built: prompt.Prompt) -> Context:
+        """Return what follows what was read of a prompt."""
+        return read_rest(self.backend, built, self._pooled, len(self._ids), num_dropped(self._kept))
+
+    def forget(self) -> None:
+        """Have the prompt read anew: what is in the cache is not known."""
+        self._cache = None
+
+    def rewind(self) -> None:
+        """Take back what follows the video."""
+        if self._cache is not None:
+            self._cache.rewind(self._cache.length - self._prefix)
 
     def answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
         """Answer a question, yielding text as it is written; return the Answer. One question at a time.
@@ -105,27 +153,50 @@ class Memory:
             latents = None
             if asked.reasoning == "latent":
                 with clock("latents"):
-                    made = writer.reason(context, _replacement(self._backend, asked), self._certain(writer, asked))
-                    latents = self._backend.lower(made)
-            written: list[int] = []
-            lead: list[int] = []
-            if not asked.choices or asked.reasoning == "cot":
-                lead = yield from self._write(writer, asked, built.ids.tolist(), written, clock)
-            chances: list[float] | None = None
-            if asked.choices:
-                with clock("answer"):
-                    chances = temper(writer.score(asked.choice_ids, lead), self._model.choice_temperature)
-            return self._finish(asked, built, kept, context.start, latents, written, chances, writer, clock)
+                    made = writer.reason(context, replacement(self.backend, asked), self.certain(writer, asked))
+                    latents = self.backend.lower(made)
+            return (yield from self.conclude(writer, asked, built, context.start, latents, clock))
         except (GeneratorExit, Stopped):  # between two steps: whoever read the stream has left, or its time is over
             raise
         except BaseException:
-            self._cache = None  # what is in it is not known
+            self.forget()
             raise
         finally:
-            if self._cache is not None:
-                self._cache.rewind(self._cache.length - self._prefix)
+            self.rewind()
 
-    def _certain(self, writer: Writer, asked: Request) -> Callable[[Array], bool] | None:
+    def conclude(
+        self,
+        writer: Writer,
+        asked: Request,
+        built: prompt.Prompt,
+        reused: int,
+        latents: NDArray[np.float32] | None,
+        clock: Clock,
+        *,
+        paced: bool = False,
+    ) -> Generator[str, None, Answer]:
+        """Answer where everything before the answer has been read; yield text as it is written, return the Answer.
+
+        Args:
+            writer: has read it.
+            asked: the question.
+            built: its prompt.
+            reused: how many of the prompt's tokens had been read before.
+            latents: [L, C], or None.
+            clock: counts.
+            paced: yield after every token, "" where it ends no character.
+        """
+        written: list[int] = []
+        lead: list[int] = []
+        if asked.writes:
+            lead = yield from self._write(writer, asked, built.ids.tolist(), written, clock, paced)
+        chances: list[float] | None = None
+        if asked.choices:
+            with clock("answer"):
+                chances = temper(writer.score(asked.choice_ids, lead), self._model.choice_temperature)
+        return self._finish(asked, built, reused, latents, written, chances, writer, clock)
+
+    def certain(self, writer: Writer, asked: Request) -> Callable[[Array], bool] | None:
         """Return what tells whether a choice is certain enough for no more latents, given the state before it."""
         limit = asked.early_exit
         if limit is None:
@@ -141,8 +212,8 @@ class Memory:
         """Return which of the video's tokens are read for a question, [N_v] (None: all), and those."""
         if self._reduce.keep == 1:
             return self.shown.kept, self._tokens
-        asked = self._backend.embed(np.array(self._tokenizer.encode(question), np.int64))
-        lower = self._backend.lower
+        asked = self.backend.embed(np.array(self._tokenizer.encode(question), np.int64))
+        lower = self.backend.lower
         picked = np.flatnonzero(related(lower(self._tokens), lower(asked), self._reduce.keep))
         there = np.arange(len(self._tokens)) if self.shown.kept is None else np.flatnonzero(self.shown.kept)
         kept = np.zeros(len(self._tokens) if self.shown.kept is None else len(self.shown.kept), np.bool_)
@@ -153,29 +224,27 @@ class Memory:
         self, built: prompt.Prompt, kept: NDArray[np.bool_] | None, tokens: Array, room: int, clock: Clock
     ) -> tuple[Writer, Context]:
         """Read a prompt: what follows the video where the rest has been read, else all of it."""
-        stop, dropped = video_end(built, self._model), num_dropped(kept)
-        same = np.array_equal(self._ids, built.ids[:stop]) and _equal(self._kept, kept)
-        if self._cache is None or not same:
+        stop, length = video_end(built, self._model), len(built.ids) - num_dropped(kept)
+        if not self._has(built, kept):
             self._cache = None
-            context = read(self._backend, built, tokens, kept, self._pooled)
-            writer = Writer(self._backend, context, room, check=clock.check)
+            context = read(self.backend, built, tokens, kept, self._pooled)
+            writer = Writer(self.backend, context, room, check=clock.check)
             self._keep(writer.cache, built.ids[:stop], kept, context.pooled)
             return writer, context
-        length = len(built.ids) - dropped
         check_length(self._model, length, room)
-        if self._cache.capacity < length + room:
-            larger = self._backend.prepare(length + room + SLACK)
-            larger.take(self._cache)
-            self._cache = larger
-        context = read_rest(self._backend, built, self._pooled, stop, dropped)
-        return Writer(self._backend, context, room, self._cache, clock.check), context
+        cache, context = self.cache(len(built.ids) - stop + room), self.rest(built)
+        return Writer(self.backend, context, room, cache, clock.check), context
+
+    def _has(self, built: prompt.Prompt, kept: NDArray[np.bool_] | None) -> bool:
+        same = np.array_equal(self._ids, built.ids[: video_end(built, self._model)]) and _equal(self._kept, kept)
+        return self._cache is not None and same
 
     def _keep(self, cache: KVCache, ids: NDArray[np.int64], kept: NDArray[np.bool_] | None, pooled: Array) -> None:
         self._cache, self._ids, self._kept, self._pooled = cache, ids, kept, pooled
         self._prefix = len(ids) - num_dropped(kept)
 
     def _write(
-        self, writer: Writer, asked: Request, seen: list[int], written: list[int], clock: Clock
+        self, writer: Writer, asked: Request, seen: list[int], written: list[int], clock: Clock, paced: bool = False
     ) -> Generator[str, None, list[int]]:
         """Write freely, yielding text.
 
@@ -201,7 +270,7 @@ class Memory:
                 return self._tokenizer.encode(ANSWER_TAG[_overlap(before, ANSWER_TAG) :])
             if token_id is not None:
                 written.append(token_id)
-            if piece:
+            if piece or (paced and token_id is not None):
                 yield piece
             if asked.choices and text.endswith(ANSWER_TAG):
                 return []
@@ -212,7 +281,6 @@ class Memory:
         self,
         asked: Request,
         built: prompt.Prompt,
-        kept: NDArray[np.bool_] | None,
         reused: int,
         latents: NDArray[np.float32] | None,
         written: list[int],
@@ -221,7 +289,7 @@ class Memory:
         clock: Clock,
     ) -> Answer:
         """Put the answer together."""
-        dropped = num_dropped(kept)
+        dropped = num_dropped(self._kept)
         text, thought, choice, scores = self._tokenizer.decode(written), None, None, None
         confidence = None if asked.reasoning == "cot" else float(np.exp(np.mean(writer.log_probabilities or [0.0])))
         usage = Usage(
@@ -297,7 +365,7 @@ def _equal(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bo
     return num_dropped(one) == num_dropped(other) == 0 or np.array_equal(one, other)  # type: ignore[arg-type]
 
 
-def _replacement(backend: Backend, asked: Request) -> Replace | None:
+def replacement(backend: Backend, asked: Request) -> Replace | None:
     """Return what an ablation puts in place of the model's own latents."""
     given, plan = asked.latents, backend.model.latent
     if given is None or plan is None:

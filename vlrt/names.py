@@ -1,7 +1,8 @@
 """Every graph of a bundle and every tensor that goes in or out of it: the contract between export and backends.
 
 Dimensions: N patches, N_v video tokens, T temporal patches (bounds: T_1 = T + 1), W_1 window bounds, S new positions,
-M cache slots, L latents, T_v temporal patches of the prompt, C width, D head dim, H_kv key-value heads, V vocabulary.
+M cache slots, L latents, T_v temporal patches of the prompt, C width, D head dim, H_kv key-value heads, V vocabulary,
+S_bias and T_bias: new positions and all that they may see, or 0 where nothing is hidden from them.
 Other words stand for sizes that the config fixes. Knows nothing else.
 """
 
@@ -39,6 +40,7 @@ INPUTS_EMBEDS = Tensor("inputs_embeds", (1, "S", "C"))
 COS = Tensor("cos", ("M", "D/2"))
 SIN = Tensor("sin", ("M", "D/2"))
 PAST_LENGTH = Tensor("past_length", (), "int32")
+ATTENTION_BIAS = Tensor("attention_bias", (1, 1, "S_bias", "T_bias"))
 LAST_HIDDEN_STATE = Tensor("last_hidden_state", (1, "S", "C"))
 
 HIDDEN = Tensor("hidden", ("S", "C"))
@@ -62,12 +64,17 @@ def vision(*, windowed: bool) -> Graph:
     return Graph("vision", inputs, (VIDEO_TOKENS,))
 
 
-def decoder(num_layers: int) -> Graph:
-    """The decoder: each cache is given as `past_*` and returned as `present_*`, which may share memory with it."""
+def decoder(num_layers: int, *, biased: bool = True) -> Graph:
+    """The decoder: each cache is given as `past_*` and returned as `present_*`, which may share memory with it.
+
+    `biased`: it takes what is added to the attention's scores, which older bundles do not: with it, several sequences
+    share one cache without seeing each other.
+    """
     shape = (1, "H_kv", "M", "D")
     pasts = tuple(Tensor(f"past_{kind}.{i}", shape) for kind in ("key", "value") for i in range(num_layers))
     presents = tuple(Tensor(t.name.replace("past", "present", 1), shape) for t in pasts)
-    return Graph("decoder", (INPUTS_EMBEDS, COS, SIN, PAST_LENGTH, *pasts), (LAST_HIDDEN_STATE, *presents))
+    more = (ATTENTION_BIAS,) if biased else ()
+    return Graph("decoder", (INPUTS_EMBEDS, COS, SIN, PAST_LENGTH, *pasts, *more), (LAST_HIDDEN_STATE, *presents))
 
 
 def latent(*, looks_at_video: bool) -> Graph:

@@ -40,15 +40,20 @@ class Request:
     latents: NDArray[np.float32] | str | None
     early_exit: float | None = None
 
+    @property
+    def writes(self) -> bool:
+        """Whether it writes freely, if only before it chooses."""
+        return not self.choices or self.reasoning == "cot"
+
     def room(self, model: config.Model, tokenizer: prompt.Tokenizer) -> int:
         """Slots that the sequence may take beyond its prompt."""
         room, plan, given = 0, model.latent, self.latents
         if self.reasoning == "latent" and plan is not None:
             room += 1 + max(plan.num_latents, len(given) if isinstance(given, np.ndarray) else 0)
-        if not self.choices or self.reasoning == "cot":
+        if self.writes:
             room += self.max_tokens
         if self.choices:
-            room += max(map(len, self.choice_ids)) + len(tokenizer.encode(ANSWER_TAG))
+            room += sum(map(len, self.choice_ids)) + len(tokenizer.encode(ANSWER_TAG))
         return room
 
 

@@ -12,25 +12,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt import preprocess, prompt, reduction, request
-from vlrt.answer import Answer, Clock, Stream
+from vlrt import preprocess, prompt, reduction, request, session
+from vlrt.answer import Answer, Clock, Stream, drain
 from vlrt.backends import select
 from vlrt.backends.base import Array, Backend
 from vlrt.bundle import Bundle
-from vlrt.content import Source, content_key
+from vlrt.content import Source, content_key, stamp
 from vlrt.errors import ConfigError, VlrtError
 from vlrt.generate import pool
 from vlrt.memory import Memory, Shown, build, num_dropped
 from vlrt.reduction import Reduction
 from vlrt.request import Request
-from vlrt.session import Clip, Recent, drain
+from vlrt.session import Clip, Recent
+from vlrt.together import MAX_BYTES, Asked, answer_all, check_names, raise_first
 from vlrt.video import Frames, load
 
 MAX_THREADS = 1024  # more is a slip, and the engine takes minutes to start them
 VIDEO_CACHE_BYTES = 256 * 1024**2
 ASKED_ALWAYS = ("video", "question")  # arguments of `Runtime.ask`
-ASKED = {*ASKED_ALWAYS, "choices", "reasoning", "max_tokens", "min_tokens", "num_frames", "fps", "latents"}
-ASKED |= {"early_exit", "reduce", "timeout_seconds", "stop"}
+ASKED = {"video", "num_frames", "fps", "reduce", *session.ASKED}
 
 
 class Runtime:
@@ -164,9 +164,11 @@ class Runtime:
         return Stream(self._answer(video, asked, num_frames, fps, reduction.check(reduce), clock))
 
     def ask_many(self, questions: Sequence[Mapping[str, Any]], *, return_errors: bool = False) -> list[Any]:
-        """Answer many questions; each video is decoded and read once for all questions about it.
+        """Answer many questions; each video is read once for all about it, and they are answered side by side.
 
-        Answers equal those of `ask`. Questions about one video follow each other whatever their order here.
+        Answers equal those of `ask` token for token in fp32; in int8 a row is rounded with regard to those beside it.
+        Their times are those of the batch that they went in (`together.answer_all`); `timeout_seconds` counts from when
+        their video is looked at.
 
         Args:
             questions: arguments of `ask`, one mapping each: {"video": ..., "question": ..., "choices": ...}.
@@ -179,29 +181,46 @@ class Runtime:
             VlrtError: see `ask`; arguments that `ask` does not have are refused before anything is answered.
         """
         groups: dict[Hashable, list[int]] = {}
+        before = [stamp(question.get("video", b"")) for question in questions]
         for number, question in enumerate(questions):
-            if unknown := sorted(set(question) - ASKED) or [name for name in ASKED_ALWAYS if name not in question]:
-                raise ConfigError(
-                    f"question {number} has wrong or missing arguments: {', '.join(unknown)}; accepted: "
-                    f"{', '.join(sorted(ASKED))}, of which {' and '.join(ASKED_ALWAYS)} must be there"
-                )
+            check_names(question, number, ASKED, ASKED_ALWAYS)
             sampling = question.get("num_frames"), question.get("fps")
             key = content_key(question["video"], *sampling)
-            name = ("none", number) if key is None else (key, reduction.check(question.get("reduce")))
+            name = object() if key is None else (key, reduction.check(question.get("reduce")))
             groups.setdefault(name, []).append(number)
         found: list[Any] = [None] * len(questions)
-        for numbers in groups.values():
-            memory: Memory | None = None
+        batch: dict[int, Asked] = {}
+        memories: dict[Hashable, Memory] = {}
+
+        def settle() -> None:
+            answer_all(self._open_backend(), self.tokenizer, list(batch.values()))
+            for number, asked in batch.items():
+                found[number] = asked.result
+            for key, memory in memories.items():
+                self._remember(key, memory)
+            batch.clear()
+            memories.clear()
+            if not return_errors:
+                raise_first(found)
+
+        for key, numbers in groups.items():
+            memory = self._recent.take(key)
             for number in numbers:
                 try:
-                    found[number], memory = self._answer_with(memory, **questions[number])
+                    batch[number], seen = self._asked(memory, **questions[number])
                 except VlrtError as error:
-                    if not return_errors:
-                        raise
                     found[number] = error
+                    continue
+                if memory is not None or stamp(questions[number]["video"]) == before[number]:
+                    memory = seen
+            if memory is not None:
+                memories[key] = memory
+            if sum(memory.num_bytes for memory in memories.values()) > MAX_BYTES:
+                settle()
+        settle()
         return found
 
-    def _answer_with(
+    def _asked(
         self,
         memory: Memory | None,
         video: Source,
@@ -212,13 +231,13 @@ class Runtime:
         timeout_seconds: float | None = None,
         stop: threading.Event | None = None,
         **settings: Any,
-    ) -> tuple[Answer, Memory]:
-        """Answer a question with what was computed about its video; return it as well, for the next."""
+    ) -> tuple[Asked, Memory]:
+        """Return a question to be answered, and what was computed about its video, for the next."""
         clock = Clock.of(timeout_seconds, stop)
-        asked = request.check(self.model, self.tokenizer, question, **settings)
+        request_ = request.check(self.model, self.tokenizer, question, **settings)
         if memory is None:
-            memory = self._see(video, asked, num_frames, fps, reduction.check(reduce), clock)
-        return drain(memory.answer(asked, clock)), memory
+            memory = self._see(video, request_, num_frames, fps, reduction.check(reduce), clock)
+        return Asked(memory, request_, clock), memory
 
     def open_video(
         self,
@@ -274,16 +293,23 @@ class Runtime:
         """Run all stages that were not run for an earlier question; yield text as it is written, return the Answer."""
         self._open_backend()
         with clock("decode"):
+            before = stamp(video)
             name = content_key(video, num_frames, fps) if self._recent.max_bytes else None
             key = None if name is None else (name, reduce)
         memory = None if key is None else self._recent.take(key)
         if memory is None:
             memory = self._see(video, asked, num_frames, fps, reduce, clock)
+            if stamp(video) != before:  # what was decoded may be something else than what has this name
+                key = None
         try:
             return (yield from memory.answer(asked, clock))
         finally:
-            if key is not None and self._backend is not None:
-                self._recent.put(key, memory)
+            if key is not None:
+                self._remember(key, memory)
+
+    def _remember(self, key: Hashable, memory: Memory) -> None:
+        if self._backend is not None:  # else it was closed meanwhile
+            self._recent.put(key, memory)
 
     def _see(
         self,

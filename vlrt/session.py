@@ -3,19 +3,25 @@
 Knows how long what was computed is kept, and that one question at a time is asked of it; not how it is answered.
 """
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlrt import config, prompt, request
-from vlrt.answer import Answer, Clock, Stream
-from vlrt.errors import ConfigError
+from vlrt.answer import Answer, Clock, Stream, drain
+from vlrt.errors import ConfigError, VlrtError
 from vlrt.memory import Memory
 from vlrt.request import Request
+from vlrt.together import Asked, answer_all, check_names, raise_first
+
+ASKED = {"question", "choices", "reasoning", "max_tokens", "min_tokens", "latents", "early_exit"}
+ASKED |= {"timeout_seconds", "stop"}
 
 
 class Recent:
@@ -125,6 +131,31 @@ class Clip:
         )
         return Stream(self._answer(asked, Clock.of(timeout_seconds, stop)))
 
+    def ask_many(self, questions: Sequence[Mapping[str, Any]], *, return_errors: bool = False) -> list[Any]:
+        """Answer many questions side by side; see `Runtime.ask_many`.
+
+        Args:
+            questions: arguments of `ask`, one mapping each.
+            return_errors: put a VlrtError in the place of an answer that cannot be had; else the first one is raised.
+
+        Raises:
+            VlrtError: see `ask`; arguments that `ask` does not have are refused before anything is answered.
+        """
+        for number, question in enumerate(questions):
+            check_names(question, number, ASKED, ("question",))
+        with self._mine() as memory:
+            found: list[Any] = []
+            for question in questions:
+                try:
+                    found.append(self._asked(memory, **question))
+                except VlrtError as error:
+                    found.append(error)
+            answer_all(memory.backend, self._tokenizer, [one for one in found if isinstance(one, Asked)])
+        found = [one.result if isinstance(one, Asked) else one for one in found]
+        if not return_errors:
+            raise_first(found)
+        return found
+
     def close(self) -> None:
         """Let the memory go, once the question under way is answered. Later questions raise ConfigError."""
         with self._turn:
@@ -138,7 +169,24 @@ class Clip:
     ) -> None:
         self.close()
 
+    def _asked(
+        self,
+        memory: Memory,
+        question: str,
+        timeout_seconds: float | None = None,
+        stop: threading.Event | None = None,
+        **settings: Any,
+    ) -> Asked:
+        clock = Clock.of(timeout_seconds, stop)
+        return Asked(memory, request.check(self._model, self._tokenizer, question, **settings), clock)
+
     def _answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
+        with self._mine() as memory:
+            return (yield from memory.answer(asked, clock))
+
+    @contextlib.contextmanager
+    def _mine(self) -> Iterator[Memory]:
+        """Wait for this thread's turn."""
         if self._asking == threading.get_ident():
             raise ConfigError("a stream of this video is still open; read it to its end, or close it, and ask again")
         with self._turn:
@@ -146,16 +194,6 @@ class Clip:
                 raise ConfigError("this video is closed; open it again")
             self._asking = threading.get_ident()
             try:
-                return (yield from self._memory.answer(asked, clock))
+                yield self._memory
             finally:
                 self._asking = None
-
-
-def drain(pieces: Generator[str, None, Answer]) -> Answer:
-    """Run an answer to its end."""
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as stop:
-            answer: Answer = stop.value
-            return answer

@@ -23,11 +23,13 @@ class Backend(Protocol):
         model: its config.
         prefill_chunk: positions of the longest decoder pass: bounds the attention scores that a pass holds.
         vision_chunk: patches per pass of the vision tower, rounded up to whole temporal patches.
+        has_lanes: whether `decode` takes several sequences in one cache; its arrays are NumPy then.
     """
 
     model: config.Model
     prefill_chunk: int
     vision_chunk: int
+    has_lanes: bool
 
     def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Array:
         """Map the patches [N, patch_dim] of whole temporal patches to video tokens [N_v, C]."""
@@ -38,8 +40,13 @@ class Backend(Protocol):
     def prepare(self, capacity: int) -> KVCache:
         """Return an empty cache of `capacity` slots."""
 
-    def decode(self, cache: KVCache, inputs_embeds: Array, cos: Floats, sin: Floats) -> Array:
-        """Append inputs_embeds [S, C], with rotary rows [S, D/2], to the cache; return hidden states [S, C]."""
+    def decode(
+        self, cache: KVCache, inputs_embeds: Array, cos: Floats, sin: Floats, lanes: NDArray[np.int32] | None = None
+    ) -> Array:
+        """Append inputs_embeds [S, C], with rotary rows [S, D/2], to the cache; return hidden states [S, C].
+
+        lanes: [S], as in `KVCache`, where the backend has them; None: all slots are of one sequence.
+        """
 
     def logits(self, hidden: Array) -> Floats:
         """Map hidden states [S, C] to logits [S, V]."""

@@ -70,8 +70,8 @@ class DeviceCache(KVCache):
         """Number of slots in use."""
         return self._length
 
-    def place(self, cos: NDArray[np.float32], sin: NDArray[np.float32]) -> None:
-        """Write the rotary rows [S, D/2] of the next S slots.
+    def place(self, cos: NDArray[np.float32], sin: NDArray[np.float32], lanes: Any = 0) -> None:
+        """Write the rotary rows [S, D/2] of the next S slots; all are of one sequence.
 
         Raises:
             ConfigError: fewer than S slots are free.
@@ -99,7 +99,7 @@ class DeviceCache(KVCache):
         parts = [*held.keys, *held.values, held.cos, held.sin]
         return sum(x.numel() * x.element_size() for x in parts) * self._length // held.capacity
 
-    def take(self, other: KVCache) -> None:
+    def take(self, other: KVCache, lane: int = 0) -> None:
         """Copy what another cache holds into this one, which is empty and has as many slots or more."""
         assert isinstance(other, DeviceCache) and self._length == 0  # noqa: PT018 - one condition of the caller
         count, mine, its = other.length, self.storage, other.storage

@@ -26,6 +26,7 @@ from vlrt.kv_cache import KVCache
 # take kernels that do not; where there is VNNI it would take them too, and they are several times slower.
 EXACT_INT8 = ("session.x64quantprecision", "1")
 
+_NO_BIAS = np.zeros((1, 1, 0, 0), np.float32)
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(int64)": "int64"}
 
 
@@ -45,6 +46,7 @@ class OrtBackend:
 
     Attributes:
         kernels: what runs our ops: "libvlrt_ort, avx512" by its SIMD level, or why it is the bodies of the bundle.
+        has_lanes: False for bundles of version 0.1.0 and before.
 
     Raises:
         BundleError: a file is damaged, or a graph does not load or breaks the contract of names.py.
@@ -53,7 +55,7 @@ class OrtBackend:
     prefill_chunk, vision_chunk = 512, 4096
 
     def __init__(self, bundle: Bundle, threads: int | None = None, *, library: bool = True) -> None:
-        self.model = bundle.model
+        self.model, self._files = bundle.model, bundle.watched()
         self._library = _usable_library(bundle.model) if library else "it was not asked for"
         before = self._num_kernels()
         self.threads = threads or num_usable_cores()
@@ -63,7 +65,9 @@ class OrtBackend:
         self._queries = self._read(bundle, manifest.queries)
         windowed = self.model.vision.window_size > 0
         self._vision = self._load(bundle, names.vision(windowed=windowed))
-        self._decoder_graph = names.decoder(self.model.decoder.num_layers)
+        num_layers = self.model.decoder.num_layers
+        self.has_lanes = manifest.graphs.get("decoder") != names.decoder(num_layers, biased=False)
+        self._decoder_graph = names.decoder(num_layers, biased=self.has_lanes)
         self._decoder = self._load(bundle, self._decoder_graph)
         self._lm_head = self._load(bundle, names.LM_HEAD)
         injection = self.model.latent.injection if self.model.latent else "identity"
@@ -74,6 +78,7 @@ class OrtBackend:
         if self._looks_at_video:
             self._latent_memory = self._load(bundle, names.LATENT_MEMORY)
         self.kernels = self._name_kernels(self._num_kernels() - before)
+        self._files.check()  # nothing was written between a hash and what was loaded
 
     def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Floats:
         """See `base.Backend`."""
@@ -95,7 +100,12 @@ class OrtBackend:
         return out
 
     def embed(self, ids: Ids) -> Floats:
-        """See `base.Backend`."""
+        """See `base.Backend`.
+
+        Raises:
+            BundleError: a file of the bundle was written to since it was opened.
+        """
+        self._files.check()  # here, since every step comes by
         return widen(self._embed[ids])
 
     def prepare(self, capacity: int) -> BoundCache:
@@ -104,17 +114,20 @@ class OrtBackend:
         binding = self._decoder.io_binding()
         graph = self._decoder_graph
         fixed = [cache.cos, cache.sin, cache.past_length, *cache.keys, *cache.values]
-        for tensor, array in zip(graph.inputs[1:], fixed, strict=True):
+        for tensor, array in zip(graph.inputs[1:], fixed, strict=not self.has_lanes):
             binding.bind_input(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for tensor, array in zip(graph.outputs[1:], [*cache.keys, *cache.values], strict=True):
             binding.bind_output(tensor.name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         cache.binding = binding
         return cache
 
-    def decode(self, cache: KVCache, inputs_embeds: Floats, cos: Floats, sin: Floats) -> Floats:
+    def decode(
+        self, cache: KVCache, inputs_embeds: Floats, cos: Floats, sin: Floats, lanes: NDArray[np.int32] | None = None
+    ) -> Floats:
         """See `base.Backend`."""
         assert isinstance(cache, BoundCache), "the cache must come from this backend's prepare"
-        cache.place(cos, sin)
+        assert self.has_lanes or lanes is None, "the caller asks whether there are lanes"
+        cache.place(cos, sin, 0 if lanes is None else lanes)
         given = np.ascontiguousarray(inputs_embeds, np.float32)[None]
         hidden = np.empty_like(given)
         binding = cache.binding
@@ -123,6 +136,9 @@ class OrtBackend:
             (binding.bind_output, names.LAST_HIDDEN_STATE.name, hidden),
         ):
             bind(name, "cpu", 0, np.float32, array.shape, array.ctypes.data)
+        if self.has_lanes:
+            bias = _NO_BIAS if lanes is None else cache.bias(len(lanes))
+            binding.bind_input(names.ATTENTION_BIAS.name, "cpu", 0, np.float32, bias.shape, bias.ctypes.data)
         with _running("decoder"):
             self._decoder.run_with_iobinding(binding)
         cache.advance(len(inputs_embeds))

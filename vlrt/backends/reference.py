@@ -25,7 +25,7 @@ class ReferenceBackend:
         streamed: hold the weights of one layer at a time, fetched anew at every pass; else all of them, in fp32.
     """
 
-    prefill_chunk, vision_chunk = 512, 4096
+    prefill_chunk, vision_chunk, has_lanes = 512, 4096, False
 
     def __init__(self, checkpoint: Checkpoint, *, streamed: bool = False) -> None:
         self.model = checkpoint.model
@@ -57,7 +57,7 @@ class ReferenceBackend:
         return KVCache(self.model.decoder, capacity)
 
     @torch.inference_mode()
-    def decode(self, cache: KVCache, inputs_embeds: Tensor, cos: Floats, sin: Floats) -> Tensor:
+    def decode(self, cache: KVCache, inputs_embeds: Tensor, cos: Floats, sin: Floats, lanes: Any = None) -> Tensor:
         """See `base.Backend`."""
         cache.place(cos, sin)
         keys, values = ([torch.from_numpy(x) for x in caches] for caches in (cache.keys, cache.values))

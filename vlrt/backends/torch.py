@@ -41,6 +41,8 @@ class TorchBackend:
         BundleError: a file is damaged, or weights are missing.
     """
 
+    has_lanes = False
+
     def __init__(self, bundle: Bundle, device: str = "auto", threads: int | None = None) -> None:
         where = _device(device)
         if threads is not None:
@@ -119,7 +121,7 @@ class TorchBackend:
         return self._pool.lend(capacity)
 
     @torch.inference_mode()
-    def decode(self, cache: KVCache, inputs_embeds: Tensor, cos: Any, sin: Any) -> Tensor:
+    def decode(self, cache: KVCache, inputs_embeds: Tensor, cos: Any, sin: Any, lanes: Any = None) -> Tensor:
         """See `base.Backend`."""
         assert isinstance(cache, DeviceCache), "the cache must come from this backend's prepare"
         cache.place(cos, sin)

@@ -30,16 +30,25 @@ class CachedAttention:
         past_length: int32 scalar tensor, slots in use.
         keys: one [B, H_kv, M, D] per layer; replaced, layer by layer, by the caches with the new slots written.
         values: likewise.
+        bias: [1, 1, S, past_length + S], added to the scores; None or without an element: nothing.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor, past_length: Tensor, keys: list[Tensor], values: list[Tensor]) -> None:
-        self.cos, self.sin, self.past_length = cos, sin, past_length
+    def __init__(
+        self,
+        cos: Tensor,
+        sin: Tensor,
+        past_length: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        bias: Tensor | None = None,
+    ) -> None:
+        self.cos, self.sin, self.past_length, self.bias = cos, sin, past_length, bias
         self.keys, self.values = list(keys), list(values)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attend`."""
         out, self.keys[layer], self.values[layer] = ops.video_attention(
-            q, k, v, self.cos, self.sin, self.keys[layer], self.values[layer], self.past_length
+            q, k, v, self.cos, self.sin, self.keys[layer], self.values[layer], self.past_length, self.bias
         )
         return out
 
