@@ -98,6 +98,36 @@ def test_a_manifest_comes_back_as_it_was_written(small):
     assert opened.file("notes/é.txt").read_text() == "vlrt"
 
 
+def test_a_bundle_is_calibrated_in_place(small):
+    """Catches a manifest that no longer opens, another value that changes, and a file that is left behind."""
+    before = Bundle.open(small)
+    assert before.model.choice_temperature == 1.0
+    files = sorted(path.name for path in small.iterdir())
+    bundle.calibrate(before, 1.75)
+    after = Bundle.open(small)
+    assert after.manifest == replace(before.manifest, model=replace(before.model, choice_temperature=1.75))
+    assert sorted(path.name for path in small.iterdir()) == files
+
+
+def test_a_manifest_of_before_temperatures_is_read(small):
+    """Catches bundles that have to be exported again for a setting that has a default."""
+    rewrite(small, lambda values: values["model"].pop("choice_temperature"))
+    assert Bundle.open(small).model.choice_temperature == 1.0
+
+
+def test_a_bundle_that_cannot_be_written_stays_as_it_was(small, monkeypatch):
+    """Catches a manifest cut short on a full disk."""
+    opened, text = Bundle.open(small), (small / bundle.MANIFEST).read_text()
+
+    def full(self, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(BundleError, match="No space left"):
+        bundle.calibrate(opened, 2.0)
+    assert (small / bundle.MANIFEST).read_text() == text
+
+
 def test_a_real_manifest_comes_back_as_it_was_written(make_bundle):
     """Catches an export that writes what opening does not read, or leaves a file out of the hashes."""
     path = make_bundle(**MODEL)

@@ -83,6 +83,22 @@ def test_only_rows_at_forks_are_read():
     assert backend.decoded[1:] == [2]  # 10 and 11 in one pass; nothing after the last fork is fed
 
 
+@pytest.mark.parametrize(
+    ("answers", "passes"),
+    [
+        ([(10, 11, 11, END), (10, 11, 12, END), (10, 12, END), (13, END)], [2]),  # forks after 10 and after 10 11
+        ([(10, END), (10, 11, END), (10, 11, 11, END), (10, 11, 11, 11, END)], [3]),
+        ([(10, 11, END), (10, 12, END), (20, 21, END), (20, 22, END)], [1, 1]),  # neither may see the other
+        ([(10, 11, 12, END), (20, 21, 22, END)], []),
+    ],
+)
+def test_a_branch_of_choices_takes_one_pass(answers, passes):
+    """Catches a decoder pass per fork: on a CPU a pass over one token takes as long as one over eight."""
+    found, backend, _, context = score(answers)
+    assert backend.decoded[1:] == passes
+    assert_close(found, by_brute_force(context, answers))
+
+
 def test_long_choices_that_begin_alike_are_scored():
     """Catches a call per shared token: a RecursionError beyond a thousand of them, and a decoder pass for each."""
     stem = [10 + i % 90 for i in range(1500)]

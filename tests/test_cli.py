@@ -118,6 +118,52 @@ def test_choices_are_answered_with_the_likeliest(room: Path) -> None:
     assert ask(room, "--choices", "left", "right", "it stays where it is").stdout == answer["choice"] + "\n"
 
 
+def test_latents_and_tokens_can_be_saved(room: Path) -> None:
+    """Catches options that do not reach the question."""
+    done = ask(room, "--json", "--choices", "left", "right", "--early-exit", 0.01, "--keep", 0.5)
+    assert done.returncode == 0, done.stderr
+    usage = json.loads(done.stdout)["usage"]
+    assert (usage["latents"], usage["dropped_tokens"]) == (1, usage["video_tokens"])
+    fails(ask(room, "--drop-unchanged", 256), "reduction.unchanged is 256.0; accepted: 0 to 255")
+
+
+def test_an_evaluation_calibrates_a_bundle(room: Path, tmp_path: Path) -> None:
+    """Catches an error that is not reported, a temperature that the bundle does not keep, and a fit that is forced."""
+    bundle, candidates = tmp_path / "copy.vlrt", ["left", "right", "up"]
+    shutil.copytree(room / "tiny.vlrt", bundle)
+
+    def evaluate(name: str, right: list[str], *options: str) -> subprocess.CompletedProcess[str]:
+        rows = [
+            {
+                "video": str(room / "clip.mp4"),
+                "question": f"Which way, {i}?",
+                "answer": answer,
+                "metadata": {"candidates": candidates},
+            }
+            for i, answer in enumerate(right)
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run("eval", bundle, name, "--num-frames", 4, "--candidates", "--json", *options, cwd=tmp_path)
+
+    done = evaluate("any.jsonl", ["left"] * 6)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert 0 <= facts["groups"][0]["calibration_error"] <= 1
+    results = (tmp_path / facts["results"]).read_text().splitlines()[1:]
+    said = [json.loads(line)["answer"] for line in results]
+    fails(evaluate("all.jsonl", said, "--calibrate"), "nearly all answers are right")
+    assert json.loads(run("info", bundle, "--json", cwd=tmp_path).stdout)["model"]["choice_temperature"] == 1.0
+    others = [next(c for c in candidates if c != answer) for answer in said]
+    done = evaluate("most.jsonl", [*said[:4], *others[4:]], "--calibrate")
+    assert done.returncode == 0, done.stderr
+    fitted = json.loads(done.stdout)["calibration"]
+    assert fitted["num_rows"] == 6
+    facts = json.loads(run("info", bundle, "--json", cwd=tmp_path).stdout)
+    assert facts["model"]["choice_temperature"] == fitted["temperature"] != 1.0
+    again = run("eval", bundle, "most.jsonl", "--num-frames", 4, "--candidates", "--json", cwd=tmp_path)
+    fails(again, "other settings")  # of another temperature
+
+
 def test_asking_needs_none_of_the_packages_that_only_an_export_needs(room: Path, tmp_path: Path) -> None:
     for name in ("torch", "onnx", "onnxscript", "transformers", "safetensors"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name='{name}')")

@@ -1,13 +1,16 @@
 """Evaluations: what is asked, what is counted, and that a run that was stopped goes on."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tests.closeness import assert_close
 from vlrt import evaluate
 from vlrt.errors import ConfigError, VideoError
+from vlrt.reduction import Reduction
 from vlrt.train.triplets import Triplet
 
 SETTINGS = {"bundle": "b.vlrt", "ask": {"reasoning": "direct"}}
@@ -26,7 +29,9 @@ class Fake:
         if "broken" in str(video):
             raise VideoError("it is damaged")
         usage = SimpleNamespace(answer_tokens=len(self.asked), latents=0)
-        return SimpleNamespace(text="A" if choices else "red", usage=usage, timings={"total": 2.0})
+        scores = None if choices is None else {choice: 0.75 - 0.5 * (i > 0) for i, choice in enumerate(choices)}
+        text, confidence = (choices[0], 0.75) if choices else ("red", 0.9)
+        return SimpleNamespace(text=text, scores=scores, confidence=confidence, usage=usage, timings={"total": 2.0})
 
 
 def rows():
@@ -68,6 +73,39 @@ def test_means_per_type_and_family(tmp_path):
         assert_close(groups[name].score, 0.5)
     assert_close(groups["family: direction"].answer_tokens, 1.5)
     assert_close(groups["all"].seconds, 1.5)
+
+
+def test_confidence_is_held_against_what_was_right(tmp_path):
+    """Catches an error over rows that have no confidence, and one that counts wrong answers as right."""
+    found = evaluate.run(Fake(), rows(), tmp_path / "results.jsonl", SETTINGS)
+    groups = {group.name: group.calibration_error for group in evaluate.summarise(found)}
+    assert_close(groups["problem_type: multiple choice"], 0.25)  # half right at 0.75
+    assert_close(groups["family: colour"], 0.1)  # the broken video has none
+    assert evaluate.summarise(found[3:])[0].calibration_error is None
+
+
+def test_a_temperature_is_fitted_to_choices_alone(tmp_path):
+    """Catches free answers among the choices, and a fit that starts from tempered scores as if they were not."""
+    asked = [rows()[0], rows()[1], replace(rows()[0], number=5), *rows()[2:]]
+    found = evaluate.run(Fake(), asked, tmp_path / "results.jsonl", SETTINGS)
+    fit = evaluate.calibrate(found, 2.0)
+    # Two of three right at odds of 3, which were 9 at temperature 1: odds of 2 need log 9 / log 2.
+    assert fit.temperature == pytest.approx(np.log(9) / np.log(2))
+    assert (fit.num_rows, fit.error_after) == (3, pytest.approx(0, abs=1e-9))
+    assert fit.error_before == pytest.approx(0.75 - 2 / 3)
+    with pytest.raises(ConfigError, match="no question with choices"):
+        evaluate.calibrate(found[3:], 1.0)
+
+
+def test_settings_reach_the_question(tmp_path):
+    """Catches candidates that are not offered, a reduction that is dropped, and an early exit without choices."""
+    named = replace(rows()[2], metadata={"candidates": ["red", "blue"]})
+    settings = {"ask": {"early_exit": 0.9}, "reduce": {"keep": 0.5}, "candidates": True}
+    fake = Fake()
+    found = evaluate.run(fake, [named, replace(rows()[2], number=9)], tmp_path / "results.jsonl", settings)
+    assert fake.asked[0][2:] == (["red", "blue"], {"early_exit": 0.9, "reduce": Reduction(keep=0.5)})
+    assert fake.asked[1][2:] == (None, {"reduce": Reduction(keep=0.5)})
+    assert found[0]["scores"] == {"red": 0.75, "blue": 0.25}
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path):

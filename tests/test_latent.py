@@ -194,6 +194,55 @@ def test_a_rollout_that_never_ends_stops_at_its_cap():
     assert fixed.full_reads == []
 
 
+class Certain:
+    """Says yes when asked for the n-th time; keeps the states that it saw."""
+
+    def __init__(self, at):
+        self.at, self.seen = at, []
+
+    def __call__(self, hidden):
+        self.seen.append(np.array(hidden))
+        return len(self.seen) == self.at
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 99])
+def test_a_rollout_that_is_certain_early_equals_a_shorter_one(at):
+    """Catches an end token that stays in the cache after a no, and a state that is not that of a shorter plan."""
+    backend, certain = fake(num_latents=6), Certain(at)
+    context = a_context(backend)
+    writer = Writer(backend, context, 80)
+    latents = writer.reason(context, certain=certain)
+    count = min(at, 6)
+    same([latents, writer.last_hidden], FakeWithoutCache(backend).recurrent(count))
+    assert writer._cache.length == 32 + count + 1
+    assert backend.decoded[1:] == [2] * count  # asking costs a row, no pass
+    for asked, hidden in enumerate(certain.seen, 1):
+        same([hidden], [FakeWithoutCache(backend).recurrent(asked)[1]])
+
+
+@pytest.mark.parametrize("at", [1, 2, 99])
+def test_rounds_that_are_certain_early_equal_fewer(at):
+    """Catches slots that are taken back once too often or not at all."""
+    backend, certain = fake(rollout="parallel", rounds=4), Certain(at)
+    context = a_context(backend)
+    writer = Writer(backend, context, 80)
+    latents = writer.reason(context, certain=certain)
+    rounds = min(at, 4)
+    same([latents, writer.last_hidden], FakeWithoutCache(backend).parallel(backend.queries(), rounds))
+    assert writer._cache.length == 32 + 5
+    assert backend.decoded[1:] == [4] + [5] * rounds
+
+
+def test_the_end_token_is_looked_for_behind_a_latent_that_was_asked_about():
+    """Catches the stop rule reading the state of the end token that was fed for the question."""
+    said = predictions(fake(), 6)
+    backend = fake(num_latents=6, stop="end_token", end_token_id=said[1])
+    context = a_context(backend)
+    writer = Writer(backend, context, 80)
+    latents = writer.reason(context, certain=Certain(99))
+    same([latents, writer.last_hidden], FakeWithoutCache(backend).recurrent(2))
+
+
 def test_parallel_without_queries_is_refused():
     """Catches a crash in the engine where a checkpoint carries no queries."""
     plan = fake(rollout="parallel").model.latent

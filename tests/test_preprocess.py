@@ -14,7 +14,7 @@ from tests.videos import SMALL, VISION, decoded, make, picture
 from vlrt.config import Video
 from vlrt.errors import VideoError
 from vlrt.images import resize
-from vlrt.preprocess import grid_of, patchify, resized
+from vlrt.preprocess import grid_of, patchify, resized, take
 from vlrt.sampling import frame_size
 from vlrt.video import Frames, load
 
@@ -198,3 +198,13 @@ def test_every_level_is_normalised_as_by_arithmetic(clip: Path) -> None:
 def test_the_clip_is_what_it_should_be(clip: Path) -> None:
     # The comparisons above are worth something only on pictures with detail.
     assert np.stack(decoded(clip)).std() > 40
+
+
+def test_the_frames_of_some_temporal_patches_are_taken():
+    """Catches frames picked one by one where a temporal patch has two, and times of others."""
+    data = np.zeros((6, 28, 28, 3), np.uint8) + np.arange(6, dtype=np.uint8)[:, None, None, None]
+    frames = Frames.from_array(data, fps=2.0)
+    taken = take(frames, VISION, np.array([True, False, True]))
+    assert taken.data[:, 0, 0, 0].tolist() == [0, 1, 4, 5]
+    assert taken.pts_seconds.tolist() == [0, 0.5, 2, 2.5]
+    assert take(frames, VISION, np.ones(3, bool)) is frames

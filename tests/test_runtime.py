@@ -25,6 +25,7 @@ from vlrt.answer import Answer, Clock
 from vlrt.backends.ort import OrtBackend, num_usable_cores
 from vlrt.bundle import Bundle
 from vlrt.errors import BackendUnavailable, BundleError, ConfigError, VideoError
+from vlrt.generate import Writer
 from vlrt.memory import Memory
 from vlrt.request import ANSWER_TAG, Request
 from vlrt.runtime import Runtime
@@ -154,6 +155,105 @@ def test_scores_are_the_odds_of_the_model_s_next_words(opened, monkeypatch):
     odds = np.exp(seen[0][ids].astype(np.float64))
     out = opened.ask(square(), QUESTION, choices=choices)
     assert out.scores == pytest.approx(dict(zip(choices, odds / odds.sum(), strict=True)), rel=1e-4)
+
+
+@pytest.mark.parametrize("reasoning", ["latent", "direct", "cot"])
+def test_branches_of_choices_take_one_pass_and_do_not_see_each_other(opened, monkeypatch, reasoning):
+    """Catches a decoder pass per branch, branches that look at each other, and slots that stay taken."""
+    choices = ["to the left", "to the right", "nowhere", "nobody", "up, up, up", "up, up, down"]
+    asked = {"choices": choices, "reasoning": reasoning, "max_tokens": 3}
+    passes, decode = [], OrtBackend.decode
+
+    def spy(self, cache, embeds, cos, sin, lanes=None):
+        passes.append(None if lanes is None else len(set(lanes.tolist())))
+        return decode(self, cache, embeds, cos, sin, lanes)
+
+    monkeypatch.setattr(OrtBackend, "decode", spy)
+    out = opened.ask(square(), QUESTION, **asked)
+    assert [count for count in passes if count is not None] == [3]
+    assert passes[-1] == 3
+    with opened.open_video(square()) as video:
+        for _ in range(2):
+            assert video.ask(QUESTION, **asked).scores == pytest.approx(out.scores, rel=1e-4)
+    passes.clear()
+    monkeypatch.setattr(Writer, "feed_apart", Writer._feed_in_turn)
+    ref = opened.ask(square(), QUESTION, **asked)
+    assert set(passes) == {None}
+    assert out.scores == pytest.approx(ref.scores, rel=1e-4)
+
+
+def test_a_temperature_makes_choices_less_certain_and_none_likelier(opened, monkeypatch):
+    """Catches a bundle's temperature that is ignored, applied twice, or to the odds of each word."""
+    choices = ["to the left", "to the right", "nowhere"]
+    ref = opened.ask(square(), QUESTION, choices=choices)
+    monkeypatch.setattr(opened, "model", replace(opened.model, choice_temperature=2.0))
+    out = opened.ask(square(), QUESTION, choices=choices)
+    odds = np.sqrt(list(ref.scores.values()))
+    assert out.scores == pytest.approx(dict(zip(choices, odds / odds.sum(), strict=True)), rel=1e-5)
+    assert out.choice == ref.choice
+    for one in (ref, out):
+        assert one.confidence == one.scores[one.choice]
+    assert out.confidence < ref.confidence
+
+
+@pytest.mark.parametrize("least", [0, 5])
+def test_confidence_in_free_text_is_the_mean_probability_of_its_tokens(opened, monkeypatch, least):
+    """Catches a mean without the token that ended it, over barred tokens, or of another step's logits."""
+    seen = []
+    logits = OrtBackend.logits
+    monkeypatch.setattr(
+        OrtBackend, "logits", lambda self, hidden: seen.append(logits(self, hidden)[0]) or seen[-1][None]
+    )
+    free = opened.ask(square(), QUESTION, reasoning="direct", max_tokens=9)
+    eos = free.token_ids[2]
+    tokens = replace(opened.model.tokens, eos_token_ids=(eos,))
+    monkeypatch.setattr(opened, "model", replace(opened.model, tokens=tokens))
+    seen.clear()
+    out = opened.ask(square(), QUESTION, reasoning="direct", max_tokens=9, min_tokens=least)
+    chosen = [*out.token_ids, *([eos] if out.finished else [])]
+    assert len(chosen) == len(seen) > least
+    expected = []
+    for step, (row, token_id) in enumerate(zip(seen, chosen, strict=True)):
+        wide = row.astype(np.float64)
+        if step < least:
+            wide[eos] = -np.inf
+        expected.append(np.exp(wide[token_id]) / np.exp(wide).sum())
+    assert out.confidence == pytest.approx(np.prod(expected) ** (1 / len(expected)), rel=1e-5)
+    assert opened.ask(square(), QUESTION, reasoning="cot", max_tokens=3).confidence is None
+
+
+def test_an_early_exit_equals_asking_with_those_latents(opened):
+    """Catches scores of a state with other latents, and a choice asked about at another temperature."""
+    asked = {"question": QUESTION, "choices": ["to the left", "to the right", "nowhere"]}
+    whole = opened.ask(square(), **asked)
+    early = [opened.ask(square(), early_exit=limit, **asked) for limit in (1e-6, whole.confidence * 0.999, 1.0)]
+    assert [answer.usage.latents for answer in early][::2] == [1, 4]
+    for answer in early:
+        ref = opened.ask(square(), latents=answer.latents, **asked)
+        assert answer.scores == pytest.approx(ref.scores, rel=1e-3)
+        np.testing.assert_allclose(answer.latents, whole.latents[: len(answer.latents)], rtol=1e-3, atol=1e-5)
+    assert early[2].scores == pytest.approx(whole.scores, rel=1e-3)
+    with opened.open_video(square()) as video:
+        for answer, limit in zip(early, (1e-6, whole.confidence * 0.999, 1.0), strict=True):
+            out = video.ask(early_exit=limit, **asked)
+            assert (out.usage.latents, out.choice) == (answer.usage.latents, answer.choice)
+        assert video.ask(**asked).scores == pytest.approx(whole.scores, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"early_exit": 0, "choices": ["a", "b"]},
+        {"early_exit": 1.1, "choices": ["a", "b"]},
+        {"early_exit": True, "choices": ["a", "b"]},
+        {"early_exit": 0.9},
+        {"early_exit": 0.9, "choices": ["a", "b"], "reasoning": "direct"},
+        {"early_exit": 0.9, "choices": ["a", "b"], "latents": "dummy"},
+    ],
+)
+def test_an_early_exit_that_cannot_be_is_refused(opened, given):
+    with pytest.raises(ConfigError, match=r"early_exit is .*; accepted: "):
+        opened.ask(square(), QUESTION, **given)
 
 
 def test_the_output_head_runs_only_where_a_token_is_needed(opened, monkeypatch):

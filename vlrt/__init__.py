@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlrt.aio import AsyncRuntime
     from vlrt.answer import Answer
     from vlrt.live import LiveClip
+    from vlrt.reduction import Reduction
     from vlrt.runtime import Runtime
     from vlrt.session import Clip
     from vlrt.video import Frames
@@ -45,6 +46,7 @@ __all__ = [
     "ExportError",
     "Frames",
     "LiveClip",
+    "Reduction",
     "Runtime",
     "Stopped",
     "VideoError",
@@ -58,6 +60,7 @@ _HOMES = {
     "Clip": "vlrt.session",
     "Frames": "vlrt.video",
     "LiveClip": "vlrt.live",
+    "Reduction": "vlrt.reduction",
     "Runtime": "vlrt.runtime",
 }
 

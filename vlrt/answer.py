@@ -23,7 +23,8 @@ class Usage:
     """What an answer took."""
 
     num_frames: int  # of the video, after sampling; the repeats that fill the last temporal patch are not counted
-    video_tokens: int
+    video_tokens: int  # that were read
+    dropped_tokens: int  # of the video, which a reduction left out
     prompt_tokens: int  # video tokens included
     reused_tokens: int  # of the prompt, which had been read for an earlier question about the video
     latents: int
@@ -40,7 +41,11 @@ class Answer:
         token_ids: what the model wrote, without the token that ended it; of a choice, its ids.
         choice: the likeliest choice, or None without choices.
         scores: probability of each choice where the model may say nothing but one of them: at every word, among the
-            words with which the choices go on (`choices.log_probabilities`); they add up to 1.
+            words with which the choices go on (`choices.log_probabilities`), at the bundle's `choice_temperature`; they
+            add up to 1.
+        confidence: probability of the choice, among `scores`. Of free text the geometric mean of the probabilities of
+            its tokens and of the one that ended it, each among those that could have stood there (after the repetition
+            penalty, end tokens barred up to min_tokens); None after a chain of thought.
         finished: whether the model ended the answer; False where max_tokens cut it off.
         reasoning: "latent", "direct" or "cot".
         thought: the chain of thought, or None.
@@ -54,6 +59,7 @@ class Answer:
     token_ids: tuple[int, ...]
     choice: str | None
     scores: dict[str, float] | None
+    confidence: float | None
     finished: bool
     reasoning: str
     thought: str | None

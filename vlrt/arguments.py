@@ -48,6 +48,19 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
             help="where to run it (default: a GPU where the engine can use one)",
         )
 
+    def reduction(sub: argparse.ArgumentParser) -> None:
+        levels = _number(float, 0, "a number, 0 or more")
+        sub.add_argument(
+            "--drop-unchanged",
+            type=levels,
+            metavar="LEVELS",
+            help="do not show the model patches that differ by no more, 0 to 255, from what it saw there last",
+        )
+        sub.add_argument("--keep", type=rate, metavar="SHARE", help="show it this share of the rest, by the question")
+        sub.add_argument(
+            "--early-exit", type=rate, metavar="P", help="make no more latents once a choice is so probable"
+        )
+
     def verb(name: str, *, under: Any = verbs, **arguments: dict[str, Any]) -> argparse.ArgumentParser:
         summary = (commands[name].__doc__ or "").strip()
         sub: argparse.ArgumentParser = under.add_parser(name, help=summary, description=summary, allow_abbrev=False)
@@ -88,6 +101,7 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
     frames = sub.add_mutually_exclusive_group()
     frames.add_argument("--num-frames", type=count, metavar="N", help="sample so many frames, evenly")
     frames.add_argument("--fps", type=rate, metavar="F", help="sample so many frames per second of video")
+    reduction(sub)
     sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: the engine's choice)")
     engine(sub)
     sub.add_argument("--json", action="store_true", help="print the Answer as one JSON object")
@@ -135,6 +149,13 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
     frames = sub.add_mutually_exclusive_group()
     frames.add_argument("--num-frames", type=count, metavar="N", help="sample so many frames, evenly")
     frames.add_argument("--fps", type=rate, metavar="F", help="sample so many frames per second of video")
+    reduction(sub)
+    sub.add_argument(
+        "--candidates", action="store_true", help="choose among the candidates that rows without options name"
+    )
+    sub.add_argument(
+        "--calibrate", action="store_true", help="fit the temperature of choices, and write it into the bundle"
+    )
     engine(sub)
     sub.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: the engine's choice)")
     sub.add_argument("--json", action="store_true", help="print one JSON object")

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -272,9 +272,31 @@ def hash_files(directory: Path) -> dict[str, FileRecord]:
 
 
 def save_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write manifest.json, sealed with a hash of its own."""
+    """Write manifest.json, sealed with a hash of its own; where there is one, put it in its place.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     text = json.dumps(sealed(config.to_dict(manifest)), indent=1, sort_keys=True)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    part = directory / f".{os.getpid()}-{MANIFEST}"
+    try:
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(directory / MANIFEST)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def calibrate(bundle: Bundle, temperature: float) -> None:
+    """Write another `choice_temperature` into a bundle; nothing else of it changes.
+
+    Raises:
+        BundleError: it cannot be written.
+    """
+    model = replace(bundle.model, choice_temperature=temperature)
+    try:
+        save_manifest(bundle.path, replace(bundle.manifest, model=model))
+    except OSError as error:
+        raise BundleError(f"{bundle.path} cannot be written: {error.strerror}") from error
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,16 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = Any
+Groups = dict[int, list[int]]  # choices by the token with which they go on
 
 
 class Stepper(Protocol):
     """What scoring needs of a sequence."""
 
-    def feed_tokens(self, token_ids: Sequence[int]) -> Array:
-        """Append tokens; return their hidden states [S, C]."""
-
-    def rewind(self, count: int) -> None:
-        """Take the last `count` positions back."""
+    def feed_apart(self, branches: Sequence[Sequence[int]]) -> list[Array]:
+        """Feed each branch as if the others were not there, and take it back; return hidden states [S, C] of each."""
 
 
 def log_probabilities(
@@ -32,8 +30,9 @@ def log_probabilities(
     """Return the log probability of each choice, the model being allowed to say nothing but one of them.
 
     Choices form a tree of tokens. Where it forks, the softmax runs over the tokens at the fork alone, so that only
-    their rows of the output head are read; what choices share between forks is fed at once. The results add up to one.
-    They are not the model's free odds of whole choices: a word that no other choice could have there costs nothing.
+    their rows of the output head are read. What is fed are branches up to their last fork: none where all choices part
+    at their first token. The results add up to one. They are not the model's free odds of whole choices: a word that no
+    other choice could have there costs nothing.
 
     Args:
         choices: token ids of each, ending in a token that ends the answer, so that none begins another.
@@ -41,28 +40,44 @@ def log_probabilities(
         stepper: the sequence; it is left as it was.
         row_logits: logits of the given ids alone.
     """
-    scores, fed = [0.0] * len(choices), 0
-    # What is still to be told apart: a state, the choices that go on from it, the number of their tokens before it.
-    todo = [(hidden, list(range(len(choices))), 0)] if len(choices) > 1 else []
-    while todo:
-        hidden, members, depth = todo.pop()
-        if fed > depth:
-            stepper.rewind(fed - depth)
-        if stem := _shared([choices[member][depth:] for member in members]):
-            hidden = stepper.feed_tokens(stem)[-1:]
-        fed = depth + len(stem)
-        forks: dict[int, list[int]] = {}
-        for member in members:
-            forks.setdefault(choices[member][fed], []).append(member)
-        gains = _log_softmax(row_logits(hidden, np.array(list(forks), np.int64)))
-        for group, gain in zip(forks.values(), gains, strict=True):
-            for member in group:
-                scores[member] += float(gain)
-            if len(group) > 1:
-                todo.append((hidden, group, fed))
-    if fed:
-        stepper.rewind(fed)
+    scores = [0.0] * len(choices)
+    branches = _branches(choices)
+    longer = [tokens for tokens, _ in branches if tokens]
+    fed = iter(stepper.feed_apart(longer) if longer else [])
+    for tokens, forks in branches:
+        states = next(fed) if tokens else None
+        for at, groups in forks:
+            state = hidden if states is None or at == 0 else states[at - 1 : at]
+            gains = _log_softmax(row_logits(state, np.array(list(groups), np.int64)))
+            for group, gain in zip(groups.values(), gains, strict=True):
+                for member in group:
+                    scores[member] += float(gain)
     return scores
+
+
+def _branches(choices: Sequence[Sequence[int]]) -> list[tuple[list[int], list[tuple[int, Groups]]]]:
+    """Return the branches of the tree that forks lie on; each fork is one branch's.
+
+    Returns:
+        Of each branch, its tokens up to its last fork; and its forks: how many of those tokens stand before each, and
+        the choices that go on with each token there.
+    """
+    branches = []
+    todo = [(list(range(len(choices))), 0)]  # choices still to be told apart, and how many tokens are known to be alike
+    while todo:
+        members, depth = todo.pop()
+        tokens = list(choices[members[0]][:depth])
+        forks: list[tuple[int, Groups]] = []
+        while len(members) > 1:
+            tokens += _shared([choices[member][len(tokens) :] for member in members])
+            groups: Groups = {}
+            for member in members:
+                groups.setdefault(choices[member][len(tokens)], []).append(member)
+            forks.append((len(tokens), groups))
+            members, *others = [group for group in groups.values() if len(group) > 1] or [[]]
+            todo += [(group, len(tokens)) for group in others]
+        branches.append((tokens, forks))
+    return branches
 
 
 def _shared(sequences: Sequence[Sequence[int]]) -> list[int]:

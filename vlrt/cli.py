@@ -111,6 +111,8 @@ def export(args: argparse.Namespace) -> None:
 
 def ask(args: argparse.Namespace) -> None:
     """Ask a bundle one question about one video."""
+    from vlrt.reduction import Reduction
+
     if args.stream and (args.json or args.choices):
         args.parser.error(f"argument --stream: not allowed with {'--json' if args.json else '--choices'}")
     with vlrt.Runtime.open(args.bundle, backend=args.backend, device=args.device, threads=args.threads) as runtime:
@@ -120,6 +122,7 @@ def ask(args: argparse.Namespace) -> None:
             "min_tokens": args.min_tokens,
             "num_frames": args.num_frames,
             "fps": args.fps,
+            "reduce": Reduction(**_reduction(args)),
         }
         if args.stream:
             stream = runtime.stream(args.video, args.question, **options)
@@ -129,7 +132,7 @@ def ask(args: argparse.Namespace) -> None:
             sys.stdout.write("\n")
             answer = stream.answer
         else:
-            answer = runtime.ask(args.video, args.question, choices=args.choices, **options)
+            answer = runtime.ask(args.video, args.question, choices=args.choices, early_exit=args.early_exit, **options)
             _put(answer.to_dict() if args.json else answer.text)
     for warning in answer.warnings:
         _complain("warning", warning)
@@ -327,20 +330,26 @@ def evaluate(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
+    from vlrt import bundle as bundles
     from vlrt import evaluate as evaluation
-    from vlrt.bundle import Bundle
+    from vlrt.reduction import Reduction
     from vlrt.train import triplets
 
     rows = triplets.read(args.data).rows
-    options = {"reasoning": args.reasoning, "num_frames": args.num_frames, "fps": args.fps}
-    bundle = Bundle.open(args.bundle)
+    names = ("reasoning", "num_frames", "fps", "early_exit")
+    options = {name: getattr(args, name) for name in names}
+    bundle, reduction = bundles.Bundle.open(args.bundle), _reduction(args)
+    Reduction(**reduction)  # refuses what is out of range before anything is asked
     settings = {
         "checkpoint": bundle.manifest.checkpoint,
         "precision": bundle.precision,
         "decoder_sha256": bundle.manifest.files[DECODER_WEIGHTS[bundle.backend]].sha256,
+        "choice_temperature": bundle.model.choice_temperature,
         "data": str(args.data),
         "ask": {name: value for name, value in options.items() if value is not None},
     }
+    settings |= {"reduce": reduction} if reduction else {}
+    settings |= {"candidates": True} if args.candidates else {}
     results = args.output or Path(f"{Path(args.bundle).name}.{args.data.stem}.results.jsonl")
     console = Console(stderr=True)
     with (
@@ -360,11 +369,36 @@ def evaluate(args: argparse.Namespace) -> None:
 
         found = evaluation.run(runtime, rows, results, settings, progress=report)
     groups = evaluation.summarise(found)
+    facts: dict[str, Any] = {"results": str(results), "settings": settings, "groups": [vars(group) for group in groups]}
+    if args.calibrate:
+        fit = evaluation.calibrate(found, bundle.model.choice_temperature)
+        bundles.calibrate(bundle, fit.temperature)
+        facts["calibration"] = vars(fit)
     if args.json:
-        _put({"results": str(results), "settings": settings, "groups": [vars(group) for group in groups]})
+        _put(facts)
         return
-    table = [(g.name, str(g.num_rows), f"{g.score:.3f}", f"{g.answer_tokens:.1f}", f"{g.seconds:.3f}") for g in groups]
-    _print_table(str(results), ("rows", "number", "score", "tokens written", "seconds"), table)
+    table = [
+        (g.name, str(g.num_rows), f"{g.score:.3f}", _shown(g.calibration_error), f"{g.answer_tokens:.1f}",
+         f"{g.seconds:.3f}")
+        for g in groups
+    ]  # fmt: skip
+    columns = ("rows", "number", "score", "calibration error", "tokens written", "seconds")
+    _print_table(str(results), columns, table)
+    if args.calibrate:
+        _put(
+            f"choice_temperature {fit.temperature:.3f} (was {bundle.model.choice_temperature:.3f}), from "
+            f"{fit.num_rows} questions; their calibration error {fit.error_after:.3f} (was {fit.error_before:.3f})"
+        )
+
+
+def _reduction(args: argparse.Namespace) -> dict[str, float]:
+    """Return the fields of a Reduction that a command line names."""
+    given = {"unchanged": args.drop_unchanged, "keep": args.keep}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -193,10 +193,11 @@ class Model:
     video: Video = field(default_factory=Video)
     text_position_after_video: TextPosition = "largest"
     repetition_penalty: float = 1.0  # of tokens that the prompt or the answer already has (arXiv 1909.05858)
+    choice_temperature: float = 1.0  # of the probabilities of choices; fitted by `vlrt eval --calibrate`
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit each other."""
-        _positive(self, "repetition_penalty")
+        _positive(self, "repetition_penalty", "choice_temperature")
         if self.vision.out_hidden_size != self.decoder.hidden_size:
             raise ConfigError(
                 f"vision.out_hidden_size is {self.vision.out_hidden_size}; accepted: decoder.hidden_size = "

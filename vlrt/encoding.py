@@ -3,9 +3,13 @@
 Knows the order of the work, and how long it takes; no file and no engine from within.
 """
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vlrt import config, preprocess
 from vlrt.answer import Clock
 from vlrt.backends.base import Array, Backend, FrameUpload
+from vlrt.generate import pool
 from vlrt.video import Frames
 
 
@@ -37,3 +41,38 @@ def encode(
         with clock("vision"):
             parts.append(backend.encode(pixels, (stop - start, rows, columns)))
     return backend.join(parts)
+
+
+def encode_kept(
+    backend: Backend,
+    model: config.Model,
+    frames: Frames,
+    kept: NDArray[np.bool_] | None,
+    clock: Clock,
+    upload: FrameUpload | None = None,
+) -> tuple[Array, Array]:
+    """Return the video tokens [N, C] that are kept, and all of them pooled over space, [T_v, C].
+
+    A temporal patch without a kept token does not enter the tower, which looks at each by itself; pooled, it has the
+    row of the one before it.
+
+    Args:
+        backend: as in `encode`.
+        model: as in `encode`.
+        frames: as in `encode`.
+        kept: [N_v] of the video's tokens; None: all.
+        clock: as in `encode`.
+        upload: as in `encode`.
+
+    Raises:
+        Stopped: the clock says so.
+    """
+    steps, _, _ = preprocess.grid_of(frames, model.vision)
+    if kept is None:
+        tokens = encode(backend, model, frames, clock, upload)
+        return tokens, pool(tokens, steps)
+    rows = kept.reshape(steps, -1)
+    enters = np.asarray(rows.any(1))
+    tokens = encode(backend, model, preprocess.take(frames, model.vision, enters), clock)
+    pooled = pool(tokens, int(enters.sum()))
+    return tokens[np.flatnonzero(rows[enters])], pooled[np.cumsum(enters) - 1]

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from vlrt import scoring
+import numpy as np
+
+from vlrt import calibration, scoring
 from vlrt.answer import Answer
 from vlrt.errors import ConfigError, VideoError
+from vlrt.reduction import Reduction
 from vlrt.train.triplets import LETTERS, Triplet
 
 Progress = Callable[[int, int, float], None]  # rows done, rows in all, mean score so far
@@ -36,6 +39,17 @@ class Group:
     answer_tokens: float
     seconds: float
     reasoning_seconds: float  # of the stages latents and answer
+    calibration_error: float | None  # `calibration.expected_calibration_error` of answers with a confidence
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A temperature of choices, fitted to answers; expected calibration errors of those, before and after."""
+
+    temperature: float
+    num_rows: int
+    error_before: float
+    error_after: float
 
 
 def run(
@@ -48,14 +62,16 @@ def run(
 ) -> list[dict[str, Any]]:
     """Ask every row that has no result yet; return all results in the order of the rows.
 
-    A multiple-choice question is answered by the likeliest letter; others freely. A video that cannot be used scores 0
+    A multiple-choice question is answered by the likeliest letter; others freely, or by the likeliest of the candidates
+    that their row names, where `settings` has "candidates". A video that cannot be used scores 0
     and its result says why.
 
     Args:
         runtime: what is asked.
         rows: the questions.
         results: a file of one JSON line per result, begun with a line of `settings`; made, or gone on with.
-        settings: what the answers depend on: the bundle, and options of `Runtime.ask`, under "ask".
+        settings: what the answers depend on: the bundle, "candidates", fields of a Reduction under "reduce", and
+            options of `Runtime.ask` under "ask".
         progress: told after every row.
 
     Raises:
@@ -66,7 +82,7 @@ def run(
         with results.open("a", encoding="utf-8") as file:
             for row in rows:
                 if row.number not in done:
-                    done[row.number] = _ask(runtime, row, settings.get("ask", {}))
+                    done[row.number] = _ask(runtime, row, settings)
                     file.write(json.dumps(done[row.number]) + "\n")
                     file.flush()
                 if progress is not None:
@@ -88,8 +104,38 @@ def summarise(results: Iterable[dict[str, Any]]) -> list[Group]:
     return groups
 
 
-def _ask(runtime: Asker, row: Triplet, options: dict[str, Any]) -> dict[str, Any]:
+def calibrate(results: Iterable[dict[str, Any]], temperature: float) -> Fit:
+    """Return the `choice_temperature` that fits results best; rows without choices, or without the right one, aside.
+
+    Args:
+        results: of `run`.
+        temperature: the one that they were made with.
+
+    Raises:
+        ConfigError: see `calibration.fit_temperature`.
+    """
+    rows = [found for found in results if found["right"] in (found.get("scores") or ())]
+    chances = [np.maximum(list(found["scores"].values()), np.finfo(np.float64).tiny) for found in rows]
+    log_scores = [(temperature * np.log(row)).tolist() for row in chances]
+    right = [list(found["scores"]).index(found["right"]) for found in rows]
+    fitted = calibration.fit_temperature(log_scores, right)
+    exact = [float(np.argmax(row) == index) for row, index in zip(log_scores, right, strict=True)]
+    before, after = (
+        calibration.expected_calibration_error([max(calibration.temper(row, at)) for row in log_scores], exact)
+        for at in (temperature, fitted)
+    )
+    return Fit(fitted, len(rows), before, after)
+
+
+def _ask(runtime: Asker, row: Triplet, settings: dict[str, Any]) -> dict[str, Any]:
     choices = list(LETTERS[: len(row.choices)]) or None
+    if choices is None and settings.get("candidates"):
+        choices = list(row.metadata.get("candidates", ())) or None
+    options = dict(settings.get("ask", {}))
+    if "early_exit" in options and choices is None:  # which knows no choice that could be certain
+        del options["early_exit"]
+    if settings.get("reduce"):
+        options["reduce"] = Reduction(**settings["reduce"])
     found: dict[str, Any] = {
         "number": row.number,
         "problem_type": row.problem_type,
@@ -106,6 +152,8 @@ def _ask(runtime: Asker, row: Triplet, options: dict[str, Any]) -> dict[str, Any
         "score": scoring.score(row.problem_type, answer.text, row.target),
         "answer_tokens": answer.usage.answer_tokens,
         "latents": answer.usage.latents,
+        "scores": answer.scores,
+        "confidence": answer.confidence,
         "seconds": answer.timings["total"],
         "timings": answer.timings,
     }
@@ -118,7 +166,9 @@ def _group(name: str, results: list[dict[str, Any]]) -> Group:
     )
     stages = [found.get("timings", {}) for found in results]  # none where the video could not be used
     reasoning = sum(times.get("latents", 0.0) + times.get("answer", 0.0) for times in stages) / count
-    return Group(name, len(results), score, answer_tokens, seconds, reasoning)
+    told = [(found["confidence"], found["score"]) for found in results if found.get("confidence") is not None]
+    error = calibration.expected_calibration_error(*zip(*told, strict=True)) if told else None
+    return Group(name, len(results), score, answer_tokens, seconds, reasoning, error)
 
 
 def _resume(results: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:

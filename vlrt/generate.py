@@ -54,26 +54,50 @@ class Context:
         return Context(self.embeds[size:], self.positions[:, size:], self.next_position, self.pooled, start)
 
 
-def read(backend: Backend, built: prompt.Prompt, video_tokens: Array) -> Context:
+def read(
+    backend: Backend,
+    built: prompt.Prompt,
+    video_tokens: Array,
+    kept: NDArray[np.bool_] | None = None,
+    pooled: Array = None,
+) -> Context:
     """Put video tokens in their places among the embedded ids, and say where everything stands.
 
     Args:
         backend: embeds the ids.
         built: ids and spans.
-        video_tokens: [N_v, C], of all spans one after the other.
+        video_tokens: [N, C], those that are kept, of all spans one after the other.
+        kept: [N_v], which tokens of the spans those are: the others are left out, and none moves; None: all.
+        pooled: [T_v, C], see `Context`; None: that of the tokens, all of which are kept.
     """
     cfg = backend.model
-    embeds = backend.embed(built.ids)
-    pooled, done = [], 0
+    kept = np.ones(sum(span.num_tokens for span in built.spans), np.bool_) if kept is None else kept
+    stays, done = np.ones(len(built.ids), np.bool_), 0
     for span in built.spans:
-        tokens = video_tokens[done : done + span.num_tokens]
-        embeds[span.start : span.start + span.num_tokens] = tokens
-        pooled.append(tokens.reshape(span.grid_thw[0], -1, tokens.shape[-1]).mean(1))
+        stays[span.start : span.start + span.num_tokens] = kept[done : done + span.num_tokens]
         done += span.num_tokens
-    return Context(embeds, *_positions(cfg, built), backend.join(pooled) if pooled else 0 * embeds[:1])
+    embeds = backend.embed(built.ids[stays])
+    parts, done = [], 0
+    for span in built.spans:
+        start = int(stays[: span.start].sum())
+        size = int(stays[span.start : span.start + span.num_tokens].sum())
+        tokens = video_tokens[done : done + size]
+        embeds[start : start + size] = tokens
+        if pooled is None:
+            parts.append(pool(tokens, span.grid_thw[0]))
+        done += size
+    if pooled is None:
+        pooled = backend.join(parts) if parts else 0 * embeds[:1]
+    at, after = _positions(cfg, built)
+    return Context(embeds, at[:, stays], after, pooled)
 
 
-def read_rest(backend: Backend, built: prompt.Prompt, pooled: Array, start: int) -> Context:
+def pool(tokens: Array, steps: int) -> Array:
+    """Average video tokens [N_v, C] of `steps` temporal patches over space; return [steps, C]."""
+    return tokens.reshape(steps, -1, tokens.shape[-1]).mean(1)
+
+
+def read_rest(backend: Backend, built: prompt.Prompt, pooled: Array, start: int, num_dropped: int = 0) -> Context:
     """Return what follows position `start` of a prompt, behind all of its media.
 
     Args:
@@ -81,9 +105,10 @@ def read_rest(backend: Backend, built: prompt.Prompt, pooled: Array, start: int)
         built: ids and spans.
         pooled: as `read` returned it for these media.
         start: where it begins.
+        num_dropped: tokens before it that were left out.
     """
     at, after = _positions(backend.model, built)
-    return Context(backend.embed(built.ids[start:]), at[:, start:], after, pooled, start)
+    return Context(backend.embed(built.ids[start:]), at[:, start:], after, pooled, start - num_dropped)
 
 
 def _positions(cfg: config.Model, built: prompt.Prompt) -> tuple[NDArray[np.int64], int]:
@@ -141,6 +166,7 @@ class Writer:
         self._cache = backend.prepare(context.end + room) if cache is None else cache
         self._position = context.next_position
         self._pending: list[int] = []
+        self.log_probabilities: list[float] = []  # of what `answer` decided, step by step, among what it might have
         self.last_hidden = self._read(context, check)
 
     @property
@@ -160,6 +186,31 @@ class Writer:
         """Append tokens; return their hidden states [S, C]."""
         return self.feed(self._backend.embed(np.array(token_ids, np.int64)))
 
+    def feed_apart(self, branches: Sequence[Sequence[int]]) -> list[Array]:
+        """Feed tokens of each branch as if the others were not there, and take them back; in one pass where lanes are.
+
+        Returns:
+            hidden states [S, C] of each.
+        """
+        lengths = [len(branch) for branch in branches]
+        if len(branches) == 1 or sum(lengths) > self._backend.prefill_chunk or not self._backend.has_lanes:
+            return self._feed_in_turn(branches)
+        embeds = self._backend.embed(np.concatenate([np.array(branch, np.int64) for branch in branches]))
+        at = self._position + np.concatenate([np.arange(length) for length in lengths])
+        tables = positions.mrope_cos_sin(np.stack([at, at, at]), self._backend.model.decoder)
+        lanes = np.repeat(np.arange(1, len(branches) + 1, dtype=np.int32), lengths)
+        hidden = self._backend.decode(self._cache, embeds, *tables, lanes)
+        self._cache.rewind(len(embeds))
+        ends = np.cumsum(lengths)
+        return [hidden[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+    def _feed_in_turn(self, branches: Sequence[Sequence[int]]) -> list[Array]:
+        found = []
+        for branch in branches:
+            found.append(self.feed_tokens(branch))
+            self.rewind(len(branch))
+        return found
+
     def rewind(self, count: int) -> None:
         """Take the last `count` text positions back."""
         self._cache.rewind(count)
@@ -173,19 +224,28 @@ class Writer:
         """Concatenate rows."""
         return self._backend.join(parts)
 
-    def reason(self, context: Context, replace: Replace | None = None) -> Array:
+    def reason(
+        self, context: Context, replace: Replace | None = None, certain: Callable[[Array], bool] | None = None
+    ) -> Array:
         """Roll the latents out after the start token and return them.
 
         Args:
             context: the context that was read.
             replace: for ablations: given the model's own latents [L, C] returns the ones to go on with.
+            certain: see `latent.roll_out`.
         """
         plan = self._backend.model.latent
         assert plan is not None, "the caller asks for latents of models that have them"
         end = self._backend.embed(np.array([plan.end_token_id], np.int64))
         self._memory = self._backend.remember(context.pooled)
         latents, hidden = latent.roll_out(
-            plan, self, self.last_hidden, end, self._backend.queries(), lambda hidden: self._predicts(hidden, plan)
+            plan,
+            self,
+            self.last_hidden,
+            end,
+            self._backend.queries(),
+            lambda hidden: self._predicts(hidden, plan),
+            certain,
         )
         if replace is not None:
             self.rewind(len(latents) + 1)
@@ -215,6 +275,7 @@ class Writer:
             token_id = self._word(words, eos if count < min_tokens else ())
             if token_id == NO_NUMBER:
                 raise BundleError(_NO_NUMBERS)
+            self.log_probabilities.append(words.log_probability)
             if token_id in eos:
                 return
             self._pending = [token_id]
@@ -224,17 +285,19 @@ class Writer:
         """Forget the token that `answer` yielded last."""
         self._pending = []
 
-    def score(self, answers: Sequence[Sequence[int]], lead: Sequence[int] = ()) -> list[float]:
+    def score(self, answers: Sequence[Sequence[int]], lead: Sequence[int] = (), hidden: Array = None) -> list[float]:
         """Return the log probability of each answer, given that it is one of them.
 
         Args:
             answers: ids of each, ending in an end token.
             lead: ids to append before the answer.
+            hidden: [1, C], the state that predicts it, without a lead; None: that of the last token.
 
         Raises:
             BundleError: the model computes no numbers.
         """
-        scores = choices.log_probabilities(answers, self._settle(lead), self, self._backend.row_logits)
+        hidden = self._settle(lead) if hidden is None else hidden
+        scores = choices.log_probabilities(answers, hidden, self, self._backend.row_logits)
         if np.isnan(scores).any():
             raise BundleError(_NO_NUMBERS)
         return scores

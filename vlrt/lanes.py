@@ -46,6 +46,10 @@ class Lane(Writer):
         """What was answered and not fed yet."""
         return self._pending
 
+    def feed_apart(self, branches: Sequence[Sequence[int]]) -> list[Any]:
+        """See `Writer`: in turn, since lanes go on from trunks alone."""
+        return self._feed_in_turn(branches)
+
     def _read(self, context: Context, check: Any) -> None:
         """`read` does it, for all lanes at once."""
 

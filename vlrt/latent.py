@@ -42,6 +42,7 @@ def roll_out(
     end_embed: Array,
     queries: Array | None = None,
     ends: Callable[[Array], bool] | None = None,
+    certain: Callable[[Array], bool] | None = None,
 ) -> tuple[Array, Array]:
     """Produce the latents and feed the end token after them.
 
@@ -57,6 +58,10 @@ def roll_out(
         end_embed: [1, C], embedding of the end token.
         queries: [L, C], learned, for parallel.
         ends: for the stop rule "end_token": whether a hidden state [1, C] predicts the end token.
+        certain: whether no more latents are needed, given the hidden state [1, C] that the end token would have now.
+            It is asked after each latent, or round, but the last, at the price of one more row in the pass that feeds
+            them, and leaves the sequence as it was. Stopping after k latents equals a plan of k latents, stopping after
+            r rounds one of r rounds.
 
     Returns:
         latents [L, C] (fewer where the model ended early), and the hidden state [1, C] of the end token.
@@ -65,9 +70,13 @@ def roll_out(
         if queries is None:
             raise ConfigError("the parallel rollout needs learned queries, and this checkpoint has none")
         latents = queries
-        for _ in range(plan.rounds):
-            hidden = steps.feed(latents)
-            steps.rewind(plan.num_latents)
+        for done in range(plan.rounds):
+            asks = certain is not None and done > 0
+            hidden = steps.feed(steps.join([latents, end_embed]) if asks else latents)
+            if certain is not None and asks and certain(hidden[-1:]):
+                return latents, hidden[-1:]
+            steps.rewind(len(hidden))
+            hidden = hidden[: plan.num_latents]
             latents = steps.inject(steps.join([start_hidden, hidden[:-1]]))
         return latents, feed_given(steps, latents, end_embed)
 
@@ -77,7 +86,14 @@ def roll_out(
         found.append(steps.inject(hidden))
         if len(found) == plan.num_latents:
             return steps.join(found), steps.feed(steps.join([found[-1], end_embed]))[-1:]
-        hidden = steps.feed(found[-1])
+        if certain is None:
+            hidden = steps.feed(found[-1])
+        else:
+            hidden = steps.feed(steps.join([found[-1], end_embed]))
+            if certain(hidden[-1:]):
+                return steps.join(found), hidden[-1:]
+            steps.rewind(1)
+            hidden = hidden[:-1]
         if plan.stop == "end_token" and ends is not None and ends(hidden):
             return steps.join(found), steps.feed(end_embed)
 

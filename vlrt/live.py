@@ -167,7 +167,7 @@ class LiveMemory(Memory):
             cache = larger
         whole = read(self.backend, built, self._tokens)
         Writer(self.backend, whole.upto(stop).after(start), 0, cache, check)
-        self._keep(cache, built.ids[:stop], whole.pooled)
+        self._keep(cache, built.ids[:stop], None, whole.pooled)
         self._num_read, self._unread, self._moved = built.spans[0].num_tokens, False, False
 
     @property

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from vlrt import config, prompt
 from vlrt.answer import Answer, Clock, Usage, peak_host_memory_bytes
 from vlrt.backends.base import Array, Backend
+from vlrt.calibration import temper
 from vlrt.errors import Stopped
 from vlrt.generate import Context, Replace, Writer, check_length, read, read_rest
 from vlrt.kv_cache import KVCache
 from vlrt.latent import ablate
+from vlrt.reduction import NONE, Reduction, related
 from vlrt.request import ANSWER_TAG, Request
 
 SLACK = 512  # slots for questions and answers that an opened video begins with; they grow where a question takes more
@@ -31,11 +33,13 @@ class Shown:
         media: its size in patches, and its times.
         num_frames: that were sampled.
         warnings: what was odd about the source.
+        kept: [N_v], which of its tokens there are, whatever is asked; None: all.
     """
 
     media: prompt.Media
     num_frames: int
     warnings: tuple[str, ...] = ()
+    kept: NDArray[np.bool_] | None = None
 
 
 class Memory:
@@ -46,17 +50,28 @@ class Memory:
         model: of the backend.
         tokenizer: of the model.
         shown: what was encoded.
-        tokens: [N_v, C], of the vision tower.
+        tokens: [N, C], of the vision tower, those that there are.
+        pooled: [T_v, C], of all tokens, see `generate.Context`; None: that of `tokens`, none of which was dropped.
+        reduce: what of them is read for a question.
     """
 
     def __init__(
-        self, backend: Backend, model: config.Model, tokenizer: prompt.Tokenizer, shown: Shown, tokens: Array
+        self,
+        backend: Backend,
+        model: config.Model,
+        tokenizer: prompt.Tokenizer,
+        shown: Shown,
+        tokens: Array,
+        pooled: Array = None,
+        reduce: Reduction = NONE,
     ) -> None:
         self.shown, self.backend = shown, backend
         self._model, self._tokenizer, self._tokens = model, tokenizer, tokens
         self._ids: NDArray[np.int64] = np.zeros(0, np.int64)  # what the cache holds
+        self._kept: NDArray[np.bool_] | None = None  # of the video's tokens
+        self._prefix = 0  # positions of it that do not depend on the question
         self._cache: KVCache | None = None
-        self._pooled: Array = None
+        self._pooled, self._reduce = pooled, reduce
 
     @property
     def num_bytes(self) -> int:
@@ -65,8 +80,14 @@ class Memory:
         return 4 * int(rows) * int(width) + (self._cache.num_bytes if self._cache is not None else 0)
 
     def read(self) -> None:
-        """Read the prompt up to the video's end, before there is a question."""
-        self.knows(prompt.build(self._tokenizer, self._model, "?", [self.shown.media], reasoning="direct"))
+        """Read the prompt up to the video's end, before there is a question; nothing where it depends on that."""
+        if self.is_shared:
+            self.knows(prompt.build(self._tokenizer, self._model, "?", [self.shown.media], reasoning="direct"))
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all questions read the same of the video."""
+        return self._reduce.keep == 1
 
     def settle(self, clock: Clock) -> None:
         """Do what was put off until somebody asks: of a whole video, nothing."""
@@ -97,7 +118,7 @@ class Memory:
         """Return a memory of what `arrays` returned, in a cache that is empty."""
         memory = cls(backend, model, tokenizer, shown, backend.lift(arrays["tokens"]))
         cache.fill(arrays)
-        memory._keep(cache, arrays["ids"], backend.lift(arrays["pooled"]))
+        memory._keep(cache, arrays["ids"], None, backend.lift(arrays["pooled"]))
         return memory
 
     @property
@@ -105,9 +126,13 @@ class Memory:
         """Video tokens [T_v, C], mean-pooled over space, once the prompt has been read."""
         return self._pooled
 
+    def build(self, asked: Request) -> prompt.Prompt:
+        """Return the prompt of a question, where all read the same of the video: see `build`."""
+        return build(self._tokenizer, self._model, asked, self.shown.media, num_dropped(self.shown.kept))
+
     def has(self, built: prompt.Prompt) -> bool:
-        """Return whether a prompt has been read up to the video's end."""
-        return self._cache is not None and np.array_equal(self._ids, built.ids[: video_end(built, self._model)])
+        """Return whether a prompt has been read up to the video's end, where all read the same of that."""
+        return self._has(built, self.shown.kept)
 
     def knows(self, built: prompt.Prompt, check: Callable[[], None] | None = None) -> bool:
         """Read a prompt up to the video's end where that has not been read; return whether it had been.
@@ -116,11 +141,12 @@ class Memory:
         """
         if self.has(built):
             return True
-        stop, self._cache = video_end(built, self._model), None
-        whole = read(self.backend, built, self._tokens)
-        cache = self.backend.prepare(stop + SLACK)
-        Writer(self.backend, whole.upto(stop), 0, cache, check)
-        self._keep(cache, built.ids[:stop], whole.pooled)
+        stop, kept, self._cache = video_end(built, self._model), self.shown.kept, None
+        whole = read(self.backend, built, self._tokens, kept, self._pooled)
+        shared = whole.upto(stop - num_dropped(kept))
+        cache = self.backend.prepare(shared.end + SLACK)
+        Writer(self.backend, shared, 0, cache, check)
+        self._keep(cache, built.ids[:stop], kept, whole.pooled)
         return False
 
     def cache(self, room: int) -> KVCache:
@@ -135,7 +161,7 @@ class Memory:
 
     def rest(self, built: prompt.Prompt) -> Context:
         """Return what follows what was read of a prompt."""
-        return read_rest(self.backend, built, self._pooled, len(self._ids))
+        return read_rest(self.backend, built, self._pooled, len(self._ids), num_dropped(self._kept))
 
     def forget(self) -> None:
         """Have the prompt read anew: what is in the cache is not known."""
@@ -144,7 +170,7 @@ class Memory:
     def rewind(self) -> None:
         """Take back what follows the video."""
         if self._cache is not None:
-            self._cache.rewind(self._cache.length - len(self._ids))
+            self._cache.rewind(self._cache.length - self._prefix)
 
     def answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
         """Answer a question, yielding text as it is written; return the Answer. One question at a time.
@@ -155,14 +181,15 @@ class Memory:
         """
         self.settle(clock)
         with clock("prefill"):
-            built = build(self._tokenizer, self._model, asked, self.shown.media)
+            kept, tokens = self._choose(asked.question)
+            built = build(self._tokenizer, self._model, asked, self.shown.media, num_dropped(kept))
         try:
             with clock("prefill"):
-                writer, context = self._writer(built, asked.room(self._model, self._tokenizer), clock)
+                writer, context = self._writer(built, kept, tokens, asked.room(self._model, self._tokenizer), clock)
             latents = None
             if asked.reasoning == "latent":
                 with clock("latents"):
-                    made = writer.reason(context, replacement(self.backend, asked))
+                    made = writer.reason(context, replacement(self.backend, asked), self.certain(writer, asked))
                     latents = self.backend.lower(made)
             return (yield from self.conclude(writer, asked, built, context.start, latents, clock))
         except (GeneratorExit, Stopped):  # between two steps: whoever read the stream has left, or its time is over
@@ -199,30 +226,61 @@ class Memory:
         lead: list[int] = []
         if asked.writes:
             lead = yield from self._write(writer, asked, built.ids.tolist(), written, clock, paced)
-        log_scores = None
+        chances: list[float] | None = None
         if asked.choices:
             with clock("answer"):
-                log_scores = writer.score(asked.choice_ids, lead)
-        return self._finish(asked, built, reused, latents, written, log_scores, clock)
+                chances = temper(writer.score(asked.choice_ids, lead), self._model.choice_temperature)
+        return self._finish(asked, built, reused, latents, written, chances, writer, clock)
 
-    def _writer(self, built: prompt.Prompt, room: int, clock: Clock) -> tuple[Writer, Context]:
+    def certain(self, writer: Writer, asked: Request) -> Callable[[Array], bool] | None:
+        """Return what tells whether a choice is certain enough for no more latents, given the state before it."""
+        limit = asked.early_exit
+        if limit is None:
+            return None
+
+        def certain(hidden: Array) -> bool:
+            log_scores = writer.score(asked.choice_ids, hidden=hidden)
+            return max(temper(log_scores, self._model.choice_temperature)) >= limit
+
+        return certain
+
+    def _choose(self, question: str) -> tuple[NDArray[np.bool_] | None, Array]:
+        """Return which of the video's tokens are read for a question, [N_v] (None: all), and those."""
+        if self._reduce.keep == 1:
+            return self.shown.kept, self._tokens
+        asked = self.backend.embed(np.array(self._tokenizer.encode(question), np.int64))
+        lower = self.backend.lower
+        picked = np.flatnonzero(related(lower(self._tokens), lower(asked), self._reduce.keep))
+        there = np.arange(len(self._tokens)) if self.shown.kept is None else np.flatnonzero(self.shown.kept)
+        kept = np.zeros(len(self._tokens) if self.shown.kept is None else len(self.shown.kept), np.bool_)
+        kept[there[picked]] = True
+        return kept, self._tokens[picked]
+
+    def _writer(
+        self, built: prompt.Prompt, kept: NDArray[np.bool_] | None, tokens: Array, room: int, clock: Clock
+    ) -> tuple[Writer, Context]:
         """Read a prompt: what follows the video where the rest has been read, else all of it."""
-        stop = video_end(built, self._model)
-        if not self.has(built):
+        stop, length = video_end(built, self._model), len(built.ids) - num_dropped(kept)
+        if not self._has(built, kept):
             self._cache = None
-            context = read(self.backend, built, self._tokens)
+            context = read(self.backend, built, tokens, kept, self._pooled)
             writer = Writer(self.backend, context, room, check=clock.check)
-            self._keep(writer.cache, built.ids[:stop], context.pooled)
+            self._keep(writer.cache, built.ids[:stop], kept, context.pooled)
             return writer, context
-        check_length(self._model, len(built.ids), room)
+        check_length(self._model, length, room)
         cache, context = self.cache(len(built.ids) - stop + room), self.rest(built)
         return Writer(self.backend, context, room, cache, clock.check), context
 
-    def _keep(self, cache: KVCache, ids: NDArray[np.int64], pooled: Array) -> None:
-        self._cache, self._ids, self._pooled = cache, ids, pooled
+    def _has(self, built: prompt.Prompt, kept: NDArray[np.bool_] | None) -> bool:
+        same = np.array_equal(self._ids, built.ids[: video_end(built, self._model)]) and _equal(self._kept, kept)
+        return self._cache is not None and same
+
+    def _keep(self, cache: KVCache, ids: NDArray[np.int64], kept: NDArray[np.bool_] | None, pooled: Array) -> None:
+        self._cache, self._ids, self._kept, self._pooled = cache, ids, kept, pooled
+        self._prefix = len(ids) - num_dropped(kept)
 
     def _write(
-        self, writer: Writer, asked: Request, seen: list[int], written: list[int], clock: Clock, paced: bool
+        self, writer: Writer, asked: Request, seen: list[int], written: list[int], clock: Clock, paced: bool = False
     ) -> Generator[str, None, list[int]]:
         """Write freely, yielding text.
 
@@ -262,15 +320,19 @@ class Memory:
         reused: int,
         latents: NDArray[np.float32] | None,
         written: list[int],
-        log_scores: list[float] | None,
+        chances: list[float] | None,
+        writer: Writer,
         clock: Clock,
     ) -> Answer:
         """Put the answer together."""
+        dropped = num_dropped(self._kept)
         text, thought, choice, scores = self._tokenizer.decode(written), None, None, None
+        confidence = None if asked.reasoning == "cot" else float(np.exp(np.mean(writer.log_probabilities or [0.0])))
         usage = Usage(
             num_frames=self.shown.num_frames,
-            video_tokens=sum(span.num_tokens for span in built.spans),
-            prompt_tokens=len(built.ids),
+            video_tokens=sum(span.num_tokens for span in built.spans) - dropped,
+            dropped_tokens=dropped,
+            prompt_tokens=len(built.ids) - dropped,
             reused_tokens=reused,
             latents=0 if latents is None else len(latents),
             answer_tokens=len(written),
@@ -278,16 +340,17 @@ class Memory:
         )
         if asked.reasoning == "cot":
             thought, text = prompt.split_cot(text)
-        if log_scores is not None:
-            best = int(np.argmax(log_scores))
+        if chances is not None:
+            confidence, best = max(chances), int(np.argmax(chances))
             text = choice = asked.choices[best]
-            scores = dict(zip(asked.choices, np.exp(log_scores).tolist(), strict=True))
+            scores = dict(zip(asked.choices, chances, strict=True))
             written = self._tokenizer.encode(choice)
         return Answer(
             text=text,
             token_ids=tuple(written),
             choice=choice,
             scores=scores,
+            confidence=confidence,
             finished=choice is not None or usage.answer_tokens < asked.max_tokens,
             reasoning=asked.reasoning,
             thought=thought,
@@ -298,16 +361,24 @@ class Memory:
         )
 
 
-def build(tokenizer: prompt.Tokenizer, model: config.Model, asked: Request, media: prompt.Media) -> prompt.Prompt:
-    """Return the prompt of a question about a video.
+def build(
+    tokenizer: prompt.Tokenizer, model: config.Model, asked: Request, media: prompt.Media, dropped: int = 0
+) -> prompt.Prompt:
+    """Return the prompt of a question about a video, all of the video's tokens in it.
 
     Raises:
-        ConfigError: with its answer it is longer than the model's positions.
+        ConfigError: with its answer, and without the `dropped` tokens, it is longer than the model's positions.
     """
     built = prompt.build(tokenizer, model, asked.question, [media], reasoning=asked.reasoning)
     room = asked.room(model, tokenizer)
-    check_length(model, len(built.ids), room, _frames_that_fit(model, built, room))
+    advice = "" if dropped else _frames_that_fit(model, built, room)
+    check_length(model, len(built.ids) - dropped, room, advice)
     return built
+
+
+def num_dropped(kept: NDArray[np.bool_] | None) -> int:
+    """Return how many tokens are not kept; None: all are."""
+    return 0 if kept is None else int(np.count_nonzero(~kept))
 
 
 def video_end(built: prompt.Prompt, model: config.Model) -> int:
@@ -324,6 +395,10 @@ def _frames_that_fit(model: config.Model, built: prompt.Prompt, room: int) -> st
     left = model.decoder.max_positions - room - (len(built.ids) - span.num_tokens)
     frames = left // per_step * model.vision.temporal_patch_size
     return f"; {frames} frames of this size fit (num_frames={frames})" if frames > 0 else ""
+
+
+def _equal(one: NDArray[np.bool_] | None, other: NDArray[np.bool_] | None) -> bool:
+    return num_dropped(one) == num_dropped(other) == 0 or np.array_equal(one, other)  # type: ignore[arg-type]
 
 
 def replacement(backend: Backend, asked: Request) -> Replace | None:

@@ -85,6 +85,20 @@ def grid_of(frames: Frames, vision: Vision) -> tuple[int, int, int]:
     return count // vision.temporal_patch_size, height // vision.patch_size, width // vision.patch_size
 
 
+def take(frames: Frames, vision: Vision, wanted: NDArray[np.bool_]) -> Frames:
+    """Return the frames of some temporal patches.
+
+    Args:
+        frames: as `resized` returns them.
+        vision: patch sizes.
+        wanted: [T], by temporal patch.
+    """
+    if wanted.all():
+        return frames
+    each = np.repeat(wanted, vision.temporal_patch_size)
+    return replace(frames, data=frames.data[each], pts_seconds=frames.pts_seconds[each])
+
+
 def seconds_per_temporal_patch(frames: Frames, vision: Vision) -> float:
     """Return how many seconds of the video one temporal patch of its sampled frames covers, fractional."""
     return vision.temporal_patch_size / frames.sample_fps

@@ -138,7 +138,7 @@ def _expand(ids: list[int], media: Sequence[Media], model: Model) -> tuple[list[
     spans, end = [], 0
     for place, medium in zip(places, media, strict=True):
         expanded += ids[end:place]
-        size = _num_tokens(medium.grid_thw, model.vision.spatial_merge_size)
+        size = num_tokens(medium.grid_thw, model.vision.spatial_merge_size)
         seconds = float(medium.seconds_per_temporal_patch)
         spans.append(Span(medium.is_image, len(expanded), size, medium.grid_thw, seconds))
         expanded += [ids[place]] * size
@@ -146,7 +146,12 @@ def _expand(ids: list[int], media: Sequence[Media], model: Model) -> tuple[list[
     return expanded + ids[end:], tuple(spans)
 
 
-def _num_tokens(grid_thw: tuple[int, int, int], merge: int) -> int:
+def num_tokens(grid_thw: tuple[int, int, int], merge: int) -> int:
+    """Return how many tokens a grid of patches has.
+
+    Raises:
+        ConfigError: it does not divide into them.
+    """
     time, height, width = grid_thw
     if min(grid_thw) < 1 or height % merge or width % merge:
         raise ConfigError(f"grid_thw is {list(grid_thw)}; accepted: height and width multiples of {merge}, all above 0")

@@ -28,6 +28,7 @@ class Request:
         max_tokens: that it may write.
         min_tokens: before it may end.
         latents: to inject in place of the model's own, or the name of an ablation.
+        early_exit: probability of a choice at which no more latents are made.
     """
 
     question: str
@@ -37,6 +38,7 @@ class Request:
     max_tokens: int
     min_tokens: int
     latents: NDArray[np.float32] | str | None
+    early_exit: float | None = None
 
     @property
     def writes(self) -> bool:
@@ -51,7 +53,7 @@ class Request:
         if self.writes:
             room += self.max_tokens
         if self.choices:
-            room += max(map(len, self.choice_ids)) + len(tokenizer.encode(ANSWER_TAG))
+            room += sum(map(len, self.choice_ids)) + len(tokenizer.encode(ANSWER_TAG))
         return room
 
 
@@ -65,6 +67,7 @@ def check(
     max_tokens: int | None = None,
     min_tokens: int = 0,
     latents: NDArray[np.float32] | str | None = None,
+    early_exit: float | None = None,
 ) -> Request:
     """Return a question that a model can be asked; the arguments are those of `Runtime.ask`.
 
@@ -84,7 +87,9 @@ def check(
             "min_tokens from 0 to max_tokens"
         )
     given, ids = _check_choices(model, tokenizer, choices, how)
-    return Request(question, how, given, ids, most, min_tokens, _check_latents(model, how, latents))
+    if early_exit is not None:
+        _check_early_exit(early_exit, how, given, latents)
+    return Request(question, how, given, ids, most, min_tokens, _check_latents(model, how, latents), early_exit)
 
 
 def _check_choices(
@@ -102,6 +107,15 @@ def _check_choices(
     if len(set(ids)) < len(ids):
         raise ConfigError(f"choices are {list(given)!r}; accepted: answers that differ to the tokenizer as well")
     return given, ids
+
+
+def _check_early_exit(early_exit: Any, how: str, choices: tuple[str, ...], latents: Any) -> None:
+    is_number = isinstance(early_exit, int | float) and not isinstance(early_exit, bool)
+    if not (is_number and 0 < early_exit <= 1) or how != "latent" or not choices or latents is not None:
+        raise ConfigError(
+            f"early_exit is {early_exit!r} with reasoning {how!r} and {len(choices)} choices; accepted: a probability "
+            "above 0, up to 1, with 'latent' and choices, and without latents of the caller's"
+        )
 
 
 def _check_latents(model: config.Model, how: str, latents: Any) -> NDArray[np.float32] | str | None:

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt import preprocess, prompt, request, saved_clip, session
+from vlrt import preprocess, prompt, reduction, request, saved_clip, session
 from vlrt.answer import Answer, Clock, Stream, drain
 from vlrt.backends import select
 from vlrt.backends.base import Backend, FrameUpload
 from vlrt.bundle import Bundle
 from vlrt.content import Source, content_key, stamp
-from vlrt.encoding import encode
+from vlrt.encoding import encode_kept
 from vlrt.errors import ConfigError, VlrtError
 from vlrt.live import LiveClip, LiveMemory, Window
-from vlrt.memory import Memory, Shown, build
+from vlrt.memory import Memory, Shown, build, num_dropped
+from vlrt.reduction import Reduction
 from vlrt.request import Request
 from vlrt.saved_clip import Origin
 from vlrt.session import Clip, Recent
@@ -32,7 +33,7 @@ from vlrt.video import Frames, load
 MAX_THREADS = 1024  # more is a slip, and the engine takes minutes to start them
 VIDEO_CACHE_BYTES = 256 * 1024**2
 ASKED_ALWAYS = ("video", "question")  # arguments of `Runtime.ask`
-ASKED = {"video", "num_frames", "fps", *session.ASKED}
+ASKED = {"video", "num_frames", "fps", "reduce", *session.ASKED}
 
 
 class Runtime:
@@ -103,6 +104,8 @@ class Runtime:
         num_frames: int | None = None,
         fps: float | None = None,
         latents: NDArray[np.float32] | str | None = None,
+        early_exit: float | None = None,
+        reduce: Reduction | None = None,
         timeout_seconds: float | None = None,
         stop: threading.Event | None = None,
     ) -> Answer:
@@ -119,6 +122,10 @@ class Runtime:
             fps: sample so many frames per second; None: the bundle's setting. Frames are taken as they are.
             latents: for ablations: [L, C] float32 to inject in place of the model's own (L may be 0), or "dummy" or
                 "noise" (`latent.ablate`).
+            early_exit: with choices and latents: make no more latents once a choice has this probability, see
+                `Answer.scores`; the answer is that of a model with so many latents. None: make all.
+            reduce: which of the video's tokens the model is not shown, at the price of some accuracy; None: it is
+                shown all. What is remembered of a video is remembered for one reduction.
             timeout_seconds: after which nothing more is begun; what is under way, a pass over some of the video or a
                 step, is ended first. None: it takes what it takes.
             stop: an event: set by another thread, it ends the answer in the same way.
@@ -137,8 +144,10 @@ class Runtime:
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             latents=latents,
+            early_exit=early_exit,
         )
-        return drain(self._answer(video, asked, num_frames, fps, Clock.of(timeout_seconds, stop)))
+        clock = Clock.of(timeout_seconds, stop)
+        return drain(self._answer(video, asked, num_frames, fps, reduction.check(reduce), clock))
 
     def stream(
         self,
@@ -150,6 +159,7 @@ class Runtime:
         min_tokens: int = 0,
         num_frames: int | None = None,
         fps: float | None = None,
+        reduce: Reduction | None = None,
         timeout_seconds: float | None = None,
         stop: threading.Event | None = None,
     ) -> Stream:
@@ -161,7 +171,8 @@ class Runtime:
         asked = request.check(
             self.model, self.tokenizer, question, reasoning=reasoning, max_tokens=max_tokens, min_tokens=min_tokens
         )
-        return Stream(self._answer(video, asked, num_frames, fps, Clock.of(timeout_seconds, stop)))
+        clock = Clock.of(timeout_seconds, stop)
+        return Stream(self._answer(video, asked, num_frames, fps, reduction.check(reduce), clock))
 
     def ask_many(self, questions: Sequence[Mapping[str, Any]], *, return_errors: bool = False) -> list[Any]:
         """Answer many questions; each video is read once for all about it, and they are answered side by side.
@@ -186,7 +197,8 @@ class Runtime:
             check_names(question, number, ASKED, ASKED_ALWAYS)
             sampling = question.get("num_frames"), question.get("fps")
             key = content_key(question["video"], *sampling)
-            groups.setdefault(object() if key is None else key, []).append(number)
+            name = object() if key is None else (key, reduction.check(question.get("reduce")))
+            groups.setdefault(name, []).append(number)
         found: list[Any] = [None] * len(questions)
         batch: dict[int, Asked] = {}
         memories: dict[Hashable, Memory] = {}
@@ -226,6 +238,7 @@ class Runtime:
         question: str,
         num_frames: int | None = None,
         fps: float | None = None,
+        reduce: Reduction | None = None,
         timeout_seconds: float | None = None,
         stop: threading.Event | None = None,
         **settings: Any,
@@ -234,10 +247,17 @@ class Runtime:
         clock = Clock.of(timeout_seconds, stop)
         request_ = request.check(self.model, self.tokenizer, question, **settings)
         if memory is None:
-            memory = self._see(video, request_, num_frames, fps, clock)
+            memory = self._see(video, request_, num_frames, fps, reduction.check(reduce), clock)
         return Asked(memory, request_, clock), memory
 
-    def open_video(self, video: Source, *, num_frames: int | None = None, fps: float | None = None) -> Clip:
+    def open_video(
+        self,
+        video: Source,
+        *,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        reduce: Reduction | None = None,
+    ) -> Clip:
         """Read a video once, for many questions.
 
         What is kept are keys and values of every layer for each of its tokens. It is of no use beyond this Runtime, but
@@ -247,18 +267,15 @@ class Runtime:
             video: as in `ask`.
             num_frames: as in `ask`.
             fps: as in `ask`.
+            reduce: as in `ask`. With `keep` below 1 each question reads the video's tokens anew: which ones depends on
+                the question.
 
         Raises:
             VideoError: the video cannot be used.
             ConfigError: a setting is out of range, or the video is longer than the model's positions.
         """
-        backend, clock = self._open_backend(), Clock()
-        upload = backend.frame_upload()
-        shown, frames = self._look(video, num_frames, fps, clock, upload)
         asked = request.check(self.model, self.tokenizer, "?", max_tokens=1)
-        build(self.tokenizer, self.model, asked, shown.media)  # whether it fits, before the vision tower runs
-        tokens = encode(backend, self.model, frames, clock, upload)
-        memory = Memory(backend, self.model, self.tokenizer, shown, tokens)
+        memory = self._see(video, asked, num_frames, fps, reduction.check(reduce), Clock())
         memory.read()
         return Clip(memory, self.model, self.tokenizer, self._origin)
 
@@ -309,16 +326,23 @@ class Runtime:
         self.close()
 
     def _answer(
-        self, video: Source, asked: Request, num_frames: int | None, fps: float | None, clock: Clock
+        self,
+        video: Source,
+        asked: Request,
+        num_frames: int | None,
+        fps: float | None,
+        reduce: Reduction,
+        clock: Clock,
     ) -> Generator[str, None, Answer]:
         """Run all stages that were not run for an earlier question; yield text as it is written, return the Answer."""
         self._open_backend()
         with clock("decode"):
             before = stamp(video)
-            key = content_key(video, num_frames, fps) if self._recent.max_bytes else None
+            name = content_key(video, num_frames, fps) if self._recent.max_bytes else None
+            key = None if name is None else (name, reduce)
         memory = None if key is None else self._recent.take(key)
         if memory is None:
-            memory = self._see(video, asked, num_frames, fps, clock)
+            memory = self._see(video, asked, num_frames, fps, reduce, clock)
             if stamp(video) != before:  # what was decoded may be something else than what has this name
                 key = None
         try:
@@ -331,15 +355,25 @@ class Runtime:
         if self._backend is not None:  # else it was closed meanwhile
             self._recent.put(key, memory)
 
-    def _see(self, video: Source, asked: Request, num_frames: int | None, fps: float | None, clock: Clock) -> Memory:
+    def _see(
+        self,
+        video: Source,
+        asked: Request,
+        num_frames: int | None,
+        fps: float | None,
+        reduce: Reduction,
+        clock: Clock,
+    ) -> Memory:
         """Decode and encode a video about which a question is to be answered."""
         backend = self._open_backend()
         upload = backend.frame_upload()
-        shown, frames = self._look(video, num_frames, fps, clock, upload)
+        shown, frames = self._look(video, num_frames, fps, reduce, clock, upload)
         with clock("prefill"):  # before the vision tower, which may take minutes
-            build(self.tokenizer, self.model, asked, shown.media)
-        tokens = encode(backend, self.model, frames, clock, upload)
-        return Memory(backend, self.model, self.tokenizer, shown, tokens)
+            total = prompt.num_tokens(shown.media.grid_thw, self.model.vision.spatial_merge_size)
+            dropped = total - reduce.num_kept(total - num_dropped(shown.kept))
+            build(self.tokenizer, self.model, asked, shown.media, dropped)
+        tokens, pooled = encode_kept(backend, self.model, frames, shown.kept, clock, upload)
+        return Memory(backend, self.model, self.tokenizer, shown, tokens, pooled, reduce)
 
     def _open_backend(self) -> Backend:
         backend = self._backend
@@ -348,13 +382,20 @@ class Runtime:
         return backend
 
     def _look(
-        self, video: Source, num_frames: int | None, fps: float | None, clock: Clock, upload: FrameUpload | None
+        self,
+        video: Source,
+        num_frames: int | None,
+        fps: float | None,
+        reduce: Reduction,
+        clock: Clock,
+        upload: FrameUpload | None,
     ) -> tuple[Shown, Frames]:
-        """Decode a video, and resize its frames."""
+        """Decode a video, resize its frames, and find what in them is new."""
         with clock("decode"):
             frames = load(video, self.model.video, self.model.vision, num_frames=num_frames, fps=fps, target=upload)
         with clock("preprocess"):
             vision, resized = self.model.vision, preprocess.resized(frames, self.model.video, self.model.vision)
             seconds = preprocess.seconds_per_temporal_patch(resized, vision)
             media = prompt.Media(resized.is_image, preprocess.grid_of(resized, vision), seconds)
-        return Shown(media, len(frames.data), frames.warnings), resized
+            kept = None if reduce.unchanged is None else reduction.changed(resized, vision, reduce.unchanged)
+        return Shown(media, len(frames.data), frames.warnings, None if kept is None else kept.reshape(-1)), resized

@@ -22,7 +22,8 @@ from vlrt.request import Request
 from vlrt.saved_clip import Origin, Saved
 from vlrt.together import Asked, answer_all, check_names, raise_first
 
-ASKED = {"question", "choices", "reasoning", "max_tokens", "min_tokens", "latents", "timeout_seconds", "stop"}
+ASKED = {"question", "choices", "reasoning", "max_tokens", "min_tokens", "latents", "early_exit"}
+ASKED |= {"timeout_seconds", "stop"}
 
 
 class Recent:
@@ -93,6 +94,7 @@ class Clip:
         max_tokens: int | None = None,
         min_tokens: int = 0,
         latents: NDArray[np.float32] | str | None = None,
+        early_exit: float | None = None,
         timeout_seconds: float | None = None,
         stop: threading.Event | None = None,
     ) -> Answer:
@@ -110,6 +112,7 @@ class Clip:
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             latents=latents,
+            early_exit=early_exit,
         )
         return drain(self._answer(asked, Clock.of(timeout_seconds, stop)))
 
@@ -150,6 +153,8 @@ class Clip:
         with self._mine() as memory:
             if self._origin is None:
                 raise ConfigError("this runtime was not opened from a bundle; use Runtime.open to save its clips")
+            if memory.shown.kept is not None or not memory.is_shared:
+                raise ConfigError("this clip was opened with reduce=, which is not kept in files; open it without")
             return saved_clip.save(path, memory, self._origin)
 
     def ask_many(self, questions: Sequence[Mapping[str, Any]], *, return_errors: bool = False) -> list[Any]:

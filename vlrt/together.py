@@ -19,7 +19,7 @@ from vlrt.backends.base import Backend
 from vlrt.errors import ConfigError, Stopped, VlrtError
 from vlrt.kv_cache import TRUNK, KVCache
 from vlrt.lanes import Abreast, Lane
-from vlrt.memory import Memory, build, replacement, video_end
+from vlrt.memory import Memory, replacement, video_end
 from vlrt.request import Request
 
 MAX_LANES = 16  # each question's slots are looked through for each other's, so that more gain little
@@ -48,13 +48,17 @@ class Asked:
 def answer_all(backend: Backend, tokenizer: prompt.Tokenizer, questions: Sequence[Asked]) -> None:
     """Give each question its result; nobody else may ask about their videos meanwhile.
 
-    Questions go together in batches of MAX_LANES and MAX_BYTES at most; where the backend has no lanes, one by one.
+    Questions go together in batches of MAX_LANES and MAX_BYTES at most; where the backend has no lanes, or what is
+    read of a video depends on the question, one by one.
     """
     batch: list[Asked] = []
     for asked in questions:
+        if not asked.memory.is_shared:
+            _answer_one(asked)
+            continue
         try:
             asked.memory.settle(asked.clock)
-            asked.built = build(tokenizer, backend.model, asked.request, asked.memory.shown.media)
+            asked.built = asked.memory.build(asked.request)
         except VlrtError as error:
             asked.result = error
             continue
@@ -206,14 +210,15 @@ class _Batch:
         plan, found = self._backend.model.latent, {}
         thinking = [index for index, one in enumerate(going) if one.request.reasoning == "latent"]
         with _counted("latents", [going[index] for index in thinking]):
-            own = [index for index in thinking if going[index].request.latents is None]
-            if own and plan is not None and plan.stop != "end_token":
-                made = Abreast(self._backend, [lanes[index] for index in own]).reason()
-                found = dict(zip(own, made, strict=True))
+            whole = [i for i in thinking if going[i].request.latents is None and going[i].request.early_exit is None]
+            if whole and plan is not None and plan.stop != "end_token":
+                made = Abreast(self._backend, [lanes[index] for index in whole]).reason()
+                found = dict(zip(whole, made, strict=True))
             for index in thinking:
                 if index not in found:
-                    ablated = replacement(self._backend, going[index].request)
-                    found[index] = lanes[index].reason(lanes[index].context, ablated)
+                    one, lane = going[index], lanes[index]
+                    ablated, certain = replacement(self._backend, one.request), one.memory.certain(lane, one.request)
+                    found[index] = lane.reason(lane.context, ablated, certain)
         return found
 
     def _living(self, asked: Sequence[Asked] | None = None) -> list[Asked]:

@@ -32,7 +32,13 @@ class FrameUpload(Protocol):
 
 
 class Words(Protocol):
-    """Chooses the words of one answer, greedily."""
+    """Chooses the words of one answer, greedily.
+
+    Attributes:
+        log_probability: of the word that was chosen last, among those that might have been.
+    """
+
+    log_probability: float
 
     def __call__(self, hidden: Array, banned: Sequence[int] = ()) -> int:
         """Return the likeliest token after a hidden state [1, C], none of the banned ones; or NO_NUMBER."""

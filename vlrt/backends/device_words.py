@@ -1,4 +1,4 @@
-"""The likeliest next word, chosen on the device: one integer comes back, and no logits. Knows ids; no text."""
+"""The likeliest next word, chosen on the device: it and its probability come back, no logits. Knows ids; no text."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,14 @@ class DeviceWords:
         head: [V, C].
         seen: see `greedy.HostWords`.
         penalty: likewise.
+
+    Attributes:
+        log_probability: see `base.Words`.
     """
 
     def __init__(self, head: Tensor, seen: Sequence[int] = (), penalty: float = 1.0) -> None:
         self._head = head
+        self.log_probability = 0.0
         self._seen: Tensor | None = None  # [V] bool
         self._kept: dict[tuple[int, ...], Tensor] = {}
         if penalty != 1:
@@ -39,7 +43,10 @@ class DeviceWords:
         best = logits.argmax(keepdim=True)  # of the first NaN, where there is one
         if self._seen is not None:
             self._seen.index_fill_(0, best, True)
-        return int(torch.where(logits[best].isnan(), NO_NUMBER, best))
+        token_id, self.log_probability = torch.cat(
+            [torch.where(logits[best].isnan(), NO_NUMBER, best), logits.double().log_softmax(0)[best]]
+        ).tolist()
+        return int(token_id)
 
     def _ids(self, ids: tuple[int, ...]) -> Tensor:
         if ids not in self._kept:

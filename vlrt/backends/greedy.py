@@ -14,11 +14,15 @@ class HostWords:
         logits: maps a hidden state [1, C] to logits [1, V].
         seen: ids whose logits the penalty makes smaller; those that are chosen follow.
         penalty: their logits are divided by it, negative ones multiplied (arXiv 1909.05858, as transformers does).
+
+    Attributes:
+        log_probability: see `base.Words`.
     """
 
     def __init__(self, logits: Callable[[Array], Floats], seen: Sequence[int] = (), penalty: float = 1.0) -> None:
         self._logits, self._penalty = logits, np.float32(penalty)
         self._seen = set(seen)
+        self.log_probability = 0.0
 
     def __call__(self, hidden: Array, banned: Sequence[int] = ()) -> int:
         """See `base.Words`."""
@@ -36,4 +40,7 @@ class HostWords:
         logits[list(banned)] = -np.inf
         token_id = int(logits.argmax())  # of the first NaN, where there is one
         self._seen.add(token_id)
-        return NO_NUMBER if np.isnan(logits[token_id]) else token_id
+        if np.isnan(logits[token_id]):
+            return NO_NUMBER
+        self.log_probability = -float(np.log(np.exp(logits - logits[token_id]).sum(dtype=np.float64)))
+        return token_id
