@@ -103,7 +103,7 @@ def test_a_loaded_clip_answers_as_the_clip_did(runtime, tmp_path, monkeypatch):
         again = loaded.save(str(out.path))  # in place of the file that it came from
         assert again.num_bytes == out.num_bytes
     with runtime.load_video(out.path) as loaded, monkeypatch.context() as patched:
-            patched.setattr(runtime._backend, "words", lambda *_: 1 / 0)
+        patched.setattr(runtime._backend, "words", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             loaded.ask(**QUESTIONS[0])
         patched.undo()
