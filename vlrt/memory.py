@@ -222,7 +222,7 @@ class Memory:
         self._cache, self._ids, self._pooled = cache, ids, pooled
 
     def _write(
-        self, writer: Writer, asked: Request, seen: list[int], written: list[int], clock: Clock, paced: bool
+        self, writer: Writer, asked: Request, seen: list[int], written: list[int], clock: Clock, paced: bool = False
     ) -> Generator[str, None, list[int]]:
         """Write freely, yielding text.
 
