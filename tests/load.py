@@ -58,7 +58,7 @@ class _Mallinfo(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "a", "b", "uordblks", "fordblks", "c"]
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "_", "__", "uordblks", "fordblks", "keepcost")
     ]
 
 
