@@ -8,6 +8,7 @@ DIRECTORY holds the videos that `write_videos` makes.
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import json
 import os
@@ -50,6 +51,23 @@ def write_videos(directory: Path) -> None:
 def rss() -> int:
     """Return the bytes of this process that are in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class _Mallinfo(ctypes.Structure):
+    """`struct mallinfo2` of glibc 2.33 and newer."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "_", "__", "uordblks", "fordblks", "keepcost")
+    ]
+
+
+def allocated() -> int:
+    """Return the bytes that are allocated by glibc: unlike `rss`, without what is free but not given back."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Mallinfo
+    info = mallinfo2()
+    return int(info.uordblks + info.hblkhd)
 
 
 def num_files() -> int:
@@ -179,13 +197,14 @@ def under_load(load: Load, seconds: float, num_threads: int) -> dict[str, Any]:
 
 def one_by_one(load: Load, num_asks: int) -> dict[str, Any]:
     """Ask so many questions of all kinds in this thread; return memory after each tenth of them."""
-    rng, memory = random.Random(0), []
+    rng, memory, used = random.Random(0), [], []
     for number in range(num_asks):
         load.once(rng)
         if (number + 1) % max(num_asks // 10, 1) == 0:
             gc.collect()
             memory.append(rss())
-    return {"rss_bytes": memory}
+            used.append(allocated())
+    return {"rss_bytes": memory, "allocated_bytes": used}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -173,7 +173,7 @@ def test_exports_that_are_killed_at_any_moment(make_checkpoint, tmp_path):
     with Runtime.open(out, threads=1) as opened:
         ref = opened.ask(square(), QUESTION, **FORCED).token_ids
     found = {"kills": 0, "left": 0}
-    for _ in range(12):
+    for _ in range(6):
         process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         time.sleep(random.uniform(0.2, 1.0) * took)
         process.kill()
@@ -188,7 +188,7 @@ def test_exports_that_are_killed_at_any_moment(make_checkpoint, tmp_path):
             assert "cut off" in said.stderr
             assert [p.name for p in tmp_path.iterdir()] == ["x.vlrt"]
     sys.stderr.write(f"{found}\n")
-    assert found["kills"] > 5
+    assert found["kills"] > 2
 
 
 # Disks
