@@ -2,8 +2,9 @@
 
     python -m benches.bench_ort_attention [--rounds 9] [--threads 2] [--shape small] [--precision int8]
 
-One graph, two sessions: with the library its kernels run, without it the body (GroupQueryAttention; rotary and
-MultiHeadAttention). Outputs are compared before anything is timed; sessions run in turn. FLOPs are the useful ones: two
+One graph, three sessions: the body (GroupQueryAttention; rotary and MultiHeadAttention), the library's kernels in fp32,
+and those that may take products in bf16, as in int8 bundles (the same kernels where the processor has none of these).
+Outputs are compared before anything is timed; sessions run in turn. FLOPs are the useful ones: two
 products per pair of a query and a key that it may see. The share is of the fp32 MatMul of the same run.
 """
 
@@ -33,7 +34,9 @@ from vlrt.runtime import Runtime
 HEADS, KV_HEADS, DIM = 14, 2, 64  # the decoder of `small`
 VISION_HEADS, VISION_DIM, SEGMENT, SEGMENTS = 8, 80, 256, 8  # its tower, eight temporal patches of 224 x 224
 VIDEO_CASES = ((590, 0), (2134, 0), (512, 1622), (8, 2134), (1, 590), (1, 2134))  # positions, slots before them
-KINDS = ("body", "library")
+KINDS = ("body", "library", "library bf16")
+LEVELS = {"library": ort_library.AUTO, "library bf16": ort_library.AUTO_BF16}
+CLOSE = {"library": 1e-4, "library bf16": 2e-2}  # to the body, in parts of the largest value
 SECONDS_PER_SAMPLE = 0.02
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -65,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ort_attention",
         argv if argv is not None else sys.argv[1:],
         args.out or place,
-        simd=library.simd,
+        simd=library.levels,
         threads=args.threads,
         rounds=args.rounds,
         clock=args.clock,
@@ -73,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         kernels=kernels,
         answers=answers,
     )
-    console = Console(width=140)
+    console = Console(width=200)
     console.print(_kernel_table(kernels, peak))
     console.print(_answer_table(answers))
     print(out)
@@ -152,16 +155,18 @@ def _compare(
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = args.threads
         options.log_severity_level = 4
-        if kind == "library":
+        if kind in LEVELS:
+            options.add_session_config_entry(ort_library.SIMD, LEVELS[kind])
             options.register_custom_ops_library(str(library.path))
         before = ort_library.num_kernels(library)
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        assert (ort_library.num_kernels(library) > before) == (kind == "library"), "the other kernel was taken"
+        assert (ort_library.num_kernels(library) > before) == (kind in LEVELS), "the other kernel was taken"
         calls[kind] = _bound(session, feeds, outputs)
         calls[kind]()
         results[kind] = outputs["out"].copy()
     scale = np.abs(results["body"]).max()
-    assert np.abs(results["body"] - results["library"]).max() < 1e-4 * scale, "the two differ"
+    for kind, limit in CLOSE.items():
+        assert np.abs(results["body"] - results[kind]).max() < limit * scale, f"{kind} differs from the body"
     seconds = _in_turn(calls, args.rounds, CLOCKS[args.clock])
     medians = {kind: seconds[kind]["median"] for kind in KINDS}
     return {
@@ -169,7 +174,8 @@ def _compare(
         "seconds": seconds,
         "gflops": {kind: flops / medians[kind] / 1e9 for kind in KINDS},
         "share_of_gemm": {kind: flops / medians[kind] / 1e9 / peak for kind in KINDS},
-        "times_faster": medians["body"] / medians["library"],
+        "times_faster": {kind: medians["body"] / medians[kind] for kind in LEVELS},
+        "bf16_over_fp32": medians["library"] / medians["library bf16"],
     }
 
 
@@ -220,15 +226,15 @@ def _gemm_gflops(args: argparse.Namespace, size: int = 1024, rounds: int = 9) ->
 
 
 def _answers(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Ask one bundle with and without the library, in turn."""
+    """Ask one bundle with and without the library, in turn; the bundle's precision decides which level that is."""
     bundle, clip = Bundle.open(material.bundle(args.shape, args.precision)), material.clip()
     tokenizer = prompt.Tokenizer.open(bundle.path)
-    backends = {kind: OrtBackend(bundle, args.threads, library=kind == "library") for kind in KINDS}
+    backends = {kind: OrtBackend(bundle, args.threads, library=kind == "library") for kind in ("body", "library")}
     assert backends["library"].kernels.startswith("libvlrt_ort"), backends["library"].kernels
     runtimes = {kind: Runtime(backend, tokenizer) for kind, backend in backends.items()}
     rows = []
     for num_frames in args.frames:
-        samples: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+        samples: dict[str, list[Any]] = {kind: [] for kind in backends}
         for i in range(args.rounds + 1):  # the first round warms up
             for kind, runtime in runtimes.items():
                 answer = runtime.ask(
@@ -236,7 +242,7 @@ def _answers(args: argparse.Namespace) -> list[dict[str, Any]]:
                 )
                 if i:
                     samples[kind].append(answer)
-        for kind in KINDS:
+        for kind in backends:
             times = [answer.timings for answer in samples[kind]]
             rows.append(
                 {
@@ -253,13 +259,15 @@ def _answers(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _kernel_table(rows: list[dict[str, Any]], peak: float) -> Table:
     table = Table(title=f"attention, useful GFLOP/s (fp32 MatMul: {peak:.0f})")
-    for name in ("op", "positions", "past", "body ms", "library ms", "body", "library", "times faster"):
+    ratios = ("bf16 / fp32", "bf16 / body")
+    for name in ("op", "positions", "past", *(f"{kind} ms" for kind in KINDS), *KINDS, *ratios):
         table.add_column(name, justify="left" if name == "op" else "right")
     for row in rows:
         ms = [f"{1e3 * row['seconds'][kind]['median']:.3f}" for kind in KINDS]
         speed = [f"{row['gflops'][kind]:.0f}" for kind in KINDS]
         counts = (str(row["positions"]), str(row["past"]))
-        table.add_row(row["op"], *counts, *ms, *speed, f"{row['times_faster']:.2f}")
+        times = (row["bf16_over_fp32"], row["times_faster"]["library bf16"])
+        table.add_row(row["op"], *counts, *ms, *speed, *(f"{value:.2f}" for value in times))
     return table
 
 

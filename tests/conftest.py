@@ -82,3 +82,19 @@ def make_bundle(
         return exported[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The installed libvlrt_ort, or one that is built for these tests."""
+    from tests.ort_ops import build  # engines, which most tests need not load
+    from vlrt.backends import ort_library
+
+    found = ort_library.find()
+    if isinstance(found, str):
+        found = build(tmp_path_factory.mktemp("library"))
+    if isinstance(found, str):
+        if request.config.getoption("--require-ort-library"):
+            pytest.fail(found)
+        pytest.skip(f"libvlrt_ort cannot be built here: {found}")
+    return found

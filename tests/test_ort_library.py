@@ -5,20 +5,16 @@ reason; `pytest --require-ort-library` makes them fail instead. Not covered: arm
 """
 
 import ctypes
-import importlib.util
 import platform
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
 
 from tests.bundles import QUESTION, QUICK, plain_vision, square
 from tests.closeness import assert_close
+from tests.ort_ops import ROOT, build, doubled, run, session, video_inputs
 from vlrt import doctor, prompt
 from vlrt.backends import ort_library
 from vlrt.backends.ort import OrtBackend
@@ -27,35 +23,8 @@ from vlrt.kernels import reference
 from vlrt.positions import mrope_cos_sin
 from vlrt.runtime import Runtime
 
-ROOT = Path(__file__).parent.parent
 LEVELS = {"x86_64": ("avx512", "avx2", "plain"), "aarch64": ("neon",)}.get(platform.machine(), ("plain",))
-VIDEO = ({"q": 4, "k": 4, "v": 4, "cos": 2, "sin": 2, "k_cache": 4, "v_cache": 4, "past_length": 0}, ("out", "k", "v"))
-SEGMENT = ({"q": 3, "k": 3, "v": 3, "cos": 2, "sin": 2, "cu_seqlens": 1}, ("out",))
 CANNOT_BE_BUILT = ("CMake was not found", "no C++ compiler was found", "the headers of ONNX Runtime were not found")
-
-
-@pytest.fixture(scope="session")
-def library(request, tmp_path_factory) -> ort_library.Library:
-    """The installed library, or one that is built for these tests."""
-    found = ort_library.find()
-    if isinstance(found, str):
-        found = _build(tmp_path_factory.mktemp("library"))
-    if isinstance(found, str):
-        if request.config.getoption("--require-ort-library"):
-            pytest.fail(found)
-        pytest.skip(f"libvlrt_ort cannot be built here: {found}")
-    return found
-
-
-def _build(directory: Path) -> ort_library.Library | str:
-    if not (ROOT / "setup.py").exists():
-        return "these tests run beside an installed wheel that lacks it"
-    spec = importlib.util.spec_from_file_location("vlrt_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build_library(directory) or ort_library.find(directory)
 
 
 @pytest.fixture(params=LEVELS)
@@ -65,49 +34,6 @@ def level(request, library) -> str:
     if exp2(request.param.encode(), None, None, ctypes.c_size_t(0)):
         pytest.skip(f"this processor has no level {request.param}")
     return request.param
-
-
-def session(library: ort_library.Library, op: str, simd: str = "auto", threads: int = 2) -> Any:
-    """A graph of one of our ops, with sizes free."""
-    ranks, outputs = VIDEO if op == "VideoAttention" else SEGMENT
-    kinds = {name: TensorProto.INT32 if name in ("past_length", "cu_seqlens") else TensorProto.FLOAT for name in ranks}
-    inputs = [helper.make_tensor_value_info(n, kinds[n], [f"{n}{i}" for i in range(r)]) for n, r in ranks.items()]
-    values = [helper.make_tensor_value_info(f"{n}_new", TensorProto.FLOAT, None) for n in outputs]
-    node = helper.make_node(op, list(ranks), [v.name for v in values], domain="vlrt")
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("vlrt", 1)]
-    model = helper.make_model(helper.make_graph([node], op, inputs, values), opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.add_session_config_entry(ort_library.SIMD, simd)
-    options.register_custom_ops_library(str(library.path))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
-def run(made: Any, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    names = [given.name for given in made.get_inputs()]
-    feeds = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-    return [torch.from_numpy(array) for array in made.run(None, feeds)]
-
-
-def doubled(tensors: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    return [t.double() if t.is_floating_point() else t for t in tensors]
-
-
-def video_inputs(num_new: int, past: int, heads: int, kv_heads: int, dim: int, batch: int = 1):
-    """Random inputs of `video_attention`; cache slots that are not in use hold NaN."""
-    generator = torch.Generator().manual_seed(num_new + past)
-    slots = past + num_new + 5
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    q, k, v = (random(batch, num_new, h, dim) for h in (heads, kv_heads, kv_heads))
-    angles = 3 * random(slots, dim // 2)
-    caches = [random(batch, kv_heads, slots, dim) for _ in range(2)]
-    for cache in caches:
-        cache[:, :, past:] = torch.nan
-    return q, k, v, angles.cos(), angles.sin(), *caches, torch.tensor(past, dtype=torch.int32)
 
 
 # The kernels
@@ -240,7 +166,7 @@ def test_answers_are_those_of_the_bodies(library, make_bundle, monkeypatch, mode
     answers = []
     for use in (True, False):
         backend = OrtBackend(bundle, 2, library=use)
-        wanted = f"libvlrt_ort, {library.simd}" if use else "bodies of the bundle: it was not asked for"
+        wanted = f"libvlrt_ort, {library.levels['auto']}" if use else "bodies of the bundle: it was not asked for"
         assert backend.kernels == wanted
         with Runtime(backend, prompt.Tokenizer.open(bundle.path)) as opened:
             answers.append(opened.ask(square(6, 56, 140), QUESTION, max_tokens=16, min_tokens=16).token_ids)
@@ -251,10 +177,12 @@ def test_answers_are_those_of_the_bodies(library, make_bundle, monkeypatch, mode
 def test_int8_is_as_near_to_fp32_as_with_the_bodies(library, make_bundle, monkeypatch, model):
     """Catches kernels that int8 products upset; the last bit of an input decides how a value is quantised."""
     monkeypatch.setattr(ort_library, "DIRECTORY", library.path.parent)
-    exact, body, ours = (
-        hidden_states(OrtBackend(Bundle.open(make_bundle(precision, **model)), 1, library=use))
+    backends = [
+        OrtBackend(Bundle.open(make_bundle(precision, **model)), 1, library=use)
         for precision, use in (("fp32", False), ("int8", False), ("int8", True))
-    )
+    ]
+    exact, body, ours = (hidden_states(backend) for backend in backends)
+    assert backends[-1].kernels == f"libvlrt_ort, {library.levels['auto-bf16']}"
     assert np.linalg.norm(ours - exact) <= 2 * np.linalg.norm(body - exact) <= 0.5 * np.linalg.norm(exact)
 
 
@@ -295,7 +223,7 @@ def test_it_is_built_where_it_can_be(tmp_path):
     """Catches sources that do not compile, which an installation only mentions: it goes on without the library."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("holds for a checkout; this is an installed wheel")
-    found = _build(tmp_path)
+    found = build(tmp_path)
     assert isinstance(found, ort_library.Library) or found.startswith(CANNOT_BE_BUILT), found
 
 

@@ -70,7 +70,9 @@ def _ort_library() -> Ability:
     found = ort_library.find()
     if isinstance(found, str):
         return Ability("libvlrt_ort", False, found)
-    return Ability("libvlrt_ort", True, f"attention with {found.simd}")
+    exact, coarse = (found.levels[name] for name in (ort_library.AUTO, ort_library.AUTO_BF16))
+    also = "" if exact == coarse else f"; {coarse} (bf16) in bundles that are not fp32"
+    return Ability("libvlrt_ort", True, f"attention with {exact}{also}")
 
 
 def _torch_cuda(reason: str | None) -> Ability:

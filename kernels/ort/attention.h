@@ -41,15 +41,16 @@ void video_attention(const VideoAttention& op, const Level& level, const Paralle
 void segment_attention(const SegmentAttention& op, const Level& level, const Parallel& parallel,
                        const Scratch& scratch);
 
-constexpr int kMaxRows = 48;  // of a tile, at any level
+constexpr int kMaxRows = 48;               // of a tile, at any level
+constexpr std::int64_t kManyQueries = 64;  // rows per key head from which on a level's Bf16 pays
 
 // Rows lo .. hi of tile `index` where `count` rows are dealt to the fewest tiles, each of whole vectors but the last.
 struct Tiling {
-  Tiling(std::int64_t count, const Level& level)
+  Tiling(std::int64_t count, int lanes, int rows)
       : count(count),
-        lanes(level.lanes),
+        lanes(lanes),
         vectors((count + lanes - 1) / lanes),
-        tiles((vectors * lanes + level.rows - 1) / level.rows) {}
+        tiles((vectors * lanes + rows - 1) / rows) {}
 
   std::int64_t lo(std::int64_t index) const { return vectors * index / tiles * lanes; }
   std::int64_t hi(std::int64_t index) const { return index + 1 == tiles ? count : lo(index + 1); }

@@ -1,7 +1,8 @@
 // libvlrt_ort: the attention ops of the domain `vlrt` as custom ops of ONNX Runtime's CPU provider, by its C API.
 //
-// ONNX Runtime finds `RegisterCustomOps`. The session config entry `vlrt.simd` picks a level ("auto", the default, is
-// the best one). No exception leaves this file; what is wrong with an input is said in an OrtStatus.
+// ONNX Runtime finds `RegisterCustomOps`. The session config entry `vlrt.simd` picks a level: "auto", the default, is
+// the best one that computes in fp32 throughout, "auto-bf16" may be one with products in bf16. No exception leaves this
+// file; what is wrong with an input is said in an OrtStatus.
 
 #include <atomic>
 #include <exception>
@@ -132,8 +133,11 @@ VLRT_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtAp
   });
 }
 
-// Returns the level that "auto" means on this processor.
-VLRT_EXPORT const char* vlrt_simd() { return vlrt::find_level(nullptr)->name; }
+// Returns the name of the level that is meant, such as by "auto"; null where this processor does not have it.
+VLRT_EXPORT const char* vlrt_level(const char* level) {
+  const vlrt::Level* found = vlrt::find_level(level);
+  return found == nullptr ? nullptr : found->name;
+}
 
 // Returns how many kernels sessions have made so far: whether they take them, or the bodies of the functions.
 VLRT_EXPORT std::int64_t vlrt_num_kernels() { return num_kernels; }

@@ -23,11 +23,35 @@ struct Tile {
   const float* keys;    // [last, D], rotated
   const float* values;  // [last, D], rows value_stride apart
   std::int64_t value_stride;
+  const std::uint16_t* packed;  // in place of these three for Bf16: blocks of kBlock keys; `first` begins one
   std::int64_t first;
   std::int64_t last;
   float* const* out;  // rows [D]
   float* maximum;     // [num_rows], with `sum` for merging parts of one row; null: `out` is normalised
   float* sum;
+};
+
+constexpr int kBlock = 32;  // keys that are packed together
+
+// Up to kBlock keys and values of one head.
+struct Keys {
+  const float* keys;  // rows [D], rotated
+  std::int64_t key_stride;
+  const float* values;  // rows [D]
+  std::int64_t value_stride;
+  const float* shift;  // [D], taken from every key; null: nothing
+  int count;
+  int head_dim;
+};
+
+// Returns how many elements a packed block has: D is padded to whole products.
+constexpr std::int64_t packed_size(std::int64_t head_dim) { return 2 * kBlock * ((head_dim + 31) / 32 * 32); }
+
+// Tiles with products in bf16 and sums in fp32. Pays where many queries read what was packed.
+struct Bf16 {
+  int rows;  // of the largest tile
+  void (*pack)(const Keys& from, std::uint16_t* to);
+  void (*attend)(const Tile& tile);
 };
 
 struct Level {
@@ -38,15 +62,18 @@ struct Level {
   // out [D] = x [D] turned by the row cos, sin [D/2].
   void (*rotate)(const float* x, const float* cos, const float* sin, int head_dim, float* out);
   void (*exp2)(const float* x, float* out, std::size_t count);
+  const Bf16* bf16 = nullptr;  // null: fp32 for any number of queries
 };
 
 extern const Level kPlain;
 #if defined(__x86_64__)
 extern const Level kAvx2;
 extern const Level kAvx512;
+extern const Bf16 kAmxBf16;
 #endif
 
-// Returns the level of that name, or the best one for null or "auto"; null where this processor does not have it.
+// Returns the level of that name; null where this processor does not have it. "auto" is the best one in fp32,
+// "auto-bf16" the best one.
 const Level* find_level(const char* name);
 
 }  // namespace vlrt

@@ -16,13 +16,20 @@ constexpr std::int64_t kTasks = 16;      // below this many, tiles are divided b
 struct Plan {
   Plan(const VideoAttention& op, const Level& level)
       : group(op.num_heads / op.num_kv_heads),
-        tiling(op.num_new * group, level),
+        bf16(op.num_new * group < kManyQueries ? nullptr : level.bf16),
+        tiling(op.num_new * group, level.lanes, bf16 == nullptr ? level.rows : bf16->rows),
         num_tiles(op.batch * op.num_kv_heads * tiling.tiles) {
     const std::int64_t total = op.past_length + op.num_new;
     if (num_tiles < kTasks) parts = std::clamp<std::int64_t>(total / kPartKeys, 1, kTasks / num_tiles);
   }
 
+  // Where the keys of a part begin, of as many as a tile sees: with a packed block.
+  std::int64_t bound(std::int64_t length, std::int64_t part) const {
+    return part == parts ? length : length * part / parts / kBlock * kBlock;
+  }
+
   std::int64_t group;
+  const Bf16* bf16;  // null: products in fp32
   Tiling tiling;
   std::int64_t num_tiles;
   std::int64_t parts = 1;  // that the keys of a tile are divided into
@@ -49,7 +56,44 @@ void append(const VideoAttention& op, const Level& level, std::int64_t first) {
   }
 }
 
-void attend(const VideoAttention& op, const Level& level, const Plan& plan, std::int64_t task, const Partial& partial) {
+// The whole cache of every key head for Bf16.
+struct Packed {
+  std::int64_t num_blocks;  // of a key head
+  std::uint16_t* blocks;    // [B, H_kv, num_blocks, packed_size(D)]
+};
+
+// mean [D] = that of the keys of a head. Softmax does not see what all keys share, and what differs is rounded less
+// without it (SageAttention, arXiv 2410.02367): biases of key projections can be far larger than the rest.
+void average(const VideoAttention& op, std::int64_t kv, float* mean) {
+  const std::int64_t total = op.past_length + op.num_new, dim = op.head_dim;
+  const float* keys = op.k_cache + kv * op.num_slots * dim;
+  std::fill(mean, mean + dim, 0.0f);
+  for (std::int64_t slot = 0; slot < total; ++slot)
+    for (std::int64_t d = 0; d < dim; ++d) mean[d] += keys[slot * dim + d];
+  for (std::int64_t d = 0; d < dim; ++d) mean[d] /= static_cast<float>(total);
+}
+
+Packed pack(const VideoAttention& op, const Bf16& bf16, const Parallel& parallel, const Scratch& scratch) {
+  const std::int64_t total = op.past_length + op.num_new, dim = op.head_dim, size = packed_size(dim);
+  const std::int64_t num_blocks = (total + kBlock - 1) / kBlock, count = op.batch * op.num_kv_heads * num_blocks;
+  const Packed packed{num_blocks, reinterpret_cast<std::uint16_t*>(scratch(count * size / 2))};
+  float* means = scratch(op.batch * op.num_kv_heads * dim);
+  parallel(op.batch * op.num_kv_heads, [&](std::size_t kv) { average(op, kv, means + kv * dim); });
+  parallel((count + kTokens / kBlock - 1) / (kTokens / kBlock), [&](std::size_t task) {
+    const std::int64_t first = static_cast<std::int64_t>(task) * (kTokens / kBlock);
+    for (std::int64_t i = first; i < std::min(first + kTokens / kBlock, count); ++i) {
+      const std::int64_t slot = i % num_blocks * kBlock, offset = (i / num_blocks * op.num_slots + slot) * dim;
+      const auto filled = static_cast<int>(std::min<std::int64_t>(kBlock, total - slot));
+      bf16.pack({op.k_cache + offset, dim, op.v_cache + offset, dim, means + i / num_blocks * dim, filled,
+                 static_cast<int>(dim)},
+                packed.blocks + i * size);
+    }
+  });
+  return packed;
+}
+
+void attend(const VideoAttention& op, const Level& level, const Plan& plan, const Packed& packed, std::int64_t task,
+            const Partial& partial) {
   const std::int64_t dim = op.head_dim, part = task % plan.parts, tile = task / plan.parts;
   const std::int64_t index = tile % plan.tiling.tiles, kv = tile / plan.tiling.tiles;  // kv: of [B, H_kv]
   const std::int64_t b = kv / op.num_kv_heads, kv_head = kv % op.num_kv_heads;
@@ -70,9 +114,10 @@ void attend(const VideoAttention& op, const Level& level, const Plan& plan, std:
   const std::int64_t length = op.past_length + (lo + num_rows - 1) / plan.group + 1, offset = kv * op.num_slots * dim;
   float* maximum = plan.parts == 1 ? nullptr : partial.maximum + task * kMaxRows;
   float* sum = plan.parts == 1 ? nullptr : partial.sum + task * kMaxRows;
-  level.attend({q, cos, sin, limit, static_cast<int>(num_rows), static_cast<int>(dim), op.k_cache + offset,
-                op.v_cache + offset, dim, length * part / plan.parts, length * (part + 1) / plan.parts, out, maximum,
-                sum});
+  (plan.bf16 == nullptr ? level.attend : plan.bf16->attend)(
+      {q, cos, sin, limit, static_cast<int>(num_rows), static_cast<int>(dim), op.k_cache + offset, op.v_cache + offset,
+       dim, packed.blocks + kv * packed.num_blocks * packed_size(dim), plan.bound(length, part),
+       plan.bound(length, part + 1), out, maximum, sum});
 }
 
 void merge(const VideoAttention& op, const Plan& plan, const Partial& partial, std::int64_t tile) {
@@ -106,8 +151,10 @@ void video_attention(const VideoAttention& op, const Level& level, const Paralle
   Partial partial{};
   if (plan.parts > 1)
     partial = {scratch(tasks * kMaxRows * op.head_dim), scratch(tasks * kMaxRows), scratch(tasks * kMaxRows)};
+  Packed packed{};
+  if (plan.bf16 != nullptr) packed = pack(op, *plan.bf16, parallel, scratch);
   parallel(tasks, [&](std::size_t task) {  // the longest first: what is left at the end is short
-    attend(op, level, plan, tasks - 1 - static_cast<std::int64_t>(task), partial);
+    attend(op, level, plan, packed, tasks - 1 - static_cast<std::int64_t>(task), partial);
   });
   if (plan.parts > 1)
     for (std::int64_t tile = 0; tile < plan.num_tiles; ++tile) merge(op, plan, partial, tile);

@@ -47,6 +47,7 @@ class OrtBackend:
 
     Attributes:
         kernels: what runs our ops: "libvlrt_ort, avx512" by its SIMD level, or why it is the bodies of the bundle.
+            Bundles that are not in fp32 may take a level whose products are in bf16: theirs are rounded more anyway.
         has_lanes: False for bundles of version 0.1.0 and before.
 
     Raises:
@@ -58,6 +59,7 @@ class OrtBackend:
     def __init__(self, bundle: Bundle, threads: int | None = None, *, library: bool = True) -> None:
         self.model, self._files = bundle.model, bundle.watched()
         self._library = _usable_library(bundle.model) if library else "it was not asked for"
+        self._simd = ort_library.AUTO if bundle.precision == "fp32" else ort_library.AUTO_BF16
         before = self._num_kernels()
         self.threads = threads or num_usable_cores()
         manifest = bundle.manifest
@@ -220,6 +222,7 @@ class OrtBackend:
         options.log_severity_level = 4  # errors are raised; warnings about fusions are no concern of the caller
         try:
             if isinstance(self._library, ort_library.Library):
+                options.add_session_config_entry(ort_library.SIMD, self._simd)
                 options.register_custom_ops_library(str(self._library.path))
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class of its own per status code, all below Exception
@@ -235,7 +238,7 @@ class OrtBackend:
             return f"bodies of the bundle: {self._library}"
         if not num_kernels:  # which it may, and then the answers are the same
             return f"bodies of the bundle: onnxruntime {ort.__version__} prefers them to libvlrt_ort"
-        return f"libvlrt_ort, {self._library.simd}"
+        return f"libvlrt_ort, {self._library.levels[self._simd]}"
 
     @staticmethod
     def _read(bundle: Bundle, table: Table | None) -> Floats | None:

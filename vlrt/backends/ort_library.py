@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DIRECTORY = Path(__file__).parent.parent / "kernels" / "ort"
-SIMD = "vlrt.simd"  # session config entry: a level that the processor has, or "auto"
+SIMD = "vlrt.simd"  # session config entry: a level that the processor has, AUTO or AUTO_BF16
+AUTO = "auto"  # the best level that computes in fp32 throughout
+AUTO_BF16 = "auto-bf16"  # the best level: products of many queries may be in bf16, sums and softmax are in fp32
 MAX_HEAD_DIM = 256  # tile.h: kMaxHeadDim
 
 
 @dataclass(frozen=True)
 class Library:
-    """A library that loads here, and the SIMD level that it takes on this processor."""
+    """A library that loads here, and the SIMD levels that AUTO and AUTO_BF16 mean on this processor."""
 
     path: Path
-    simd: str
+    levels: dict[str, str]
 
 
 def find(directory: Path | None = None) -> Library | str:
@@ -30,8 +32,8 @@ def find(directory: Path | None = None) -> Library | str:
         return _why_not_built(directory)
     try:
         loaded = ctypes.CDLL(str(path))
-        loaded.vlrt_simd.restype = ctypes.c_char_p
-        return Library(path, loaded.vlrt_simd().decode())
+        loaded.vlrt_level.restype = ctypes.c_char_p
+        return Library(path, {name: loaded.vlrt_level(name.encode()).decode() for name in (AUTO, AUTO_BF16)})
     except (OSError, AttributeError) as error:  # built for another system, or cut short
         return f"{path} does not load here ({error}); build it again: pip install --force-reinstall vlrt"
 
