@@ -40,6 +40,8 @@ class Engine:
             "precision": opened.precision,
             "kernels": getattr(backend, "kernels", None),
             "weight_bytes": weights,
+            "vision_chunk": backend.vision_chunk,
+            "prefill_chunk": backend.prefill_chunk,
             "num_latents": latent.num_latents if latent else 0,
         }
 
