@@ -5,7 +5,7 @@ STAMP := $(VENV)/.vlrt-setup
 JOBS ?= 2
 PYTHON ?= python3
 
-.PHONY: demo test lint format docs setup reproduce bench gpu wheel-test clean
+.PHONY: demo test lint format docs setup reproduce bench peers-setup report gpu wheel-test clean
 
 demo: setup
 	$(BIN)/python examples/demo.py
@@ -31,8 +31,17 @@ docs: setup
 reproduce: setup
 	$(BIN)/python examples/reproduce.py reproduction
 
+# The quick set and its report: under 10 minutes on two quiet cores; the first time, what it runs is exported too.
+# peers-setup makes the environment of OpenVINO GenAI, without which it is reported as absent.
 bench: setup
-	$(BIN)/python -m benches.bench_stages
+	$(BIN)/python -m pytest benches/
+
+peers-setup:
+	sh tools/setup-peers
+
+# Draws report.md and its plots again, from the JSON files alone.
+report: setup
+	$(BIN)/python -m benches.report
 
 # Needs a GPU and a Python that has torch, triton and transformers already; from the source tree, nothing is installed.
 gpu:

@@ -23,13 +23,55 @@ def prefill_flops(decoder: config.Decoder, num_new: int, past: int = 0) -> float
     return 2.0 * num_new * linear_parameters(decoder) + attention
 
 
-def step_bytes(decoder: config.Decoder, past: int, *, weight_bytes: int = 2, with_head: bool = False) -> dict[str, int]:
-    """Return the bytes that a decoder pass over a few positions must read: weights, and the older keys and values."""
+def step_bytes(
+    decoder: config.Decoder,
+    past: int,
+    *,
+    weight_bytes: float = 2,
+    head_bytes: float = 2,
+    value_bytes: int = 2,
+    with_head: bool = False,
+) -> dict[str, int]:
+    """Return the bytes that a decoder pass over a few positions must read: weights, and the older keys and values.
+
+    Args:
+        decoder: its sizes.
+        past: positions in the cache.
+        weight_bytes: of a weight of a linear layer.
+        head_bytes: of a weight of the output head.
+        value_bytes: of a number in the cache.
+        with_head: whether the output head runs.
+    """
     weights = linear_parameters(decoder) * weight_bytes
     if with_head:
-        weights += decoder.vocab_size * decoder.hidden_size * 2
-    cache = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * past * 2
-    return {"weights": weights, "cache": cache}
+        weights += decoder.vocab_size * decoder.hidden_size * head_bytes
+    return {"weights": int(weights), "cache": cache_bytes(decoder, past, value_bytes)}
+
+
+def cache_bytes(decoder: config.Decoder, length: int, value_bytes: int = 4) -> int:
+    """Return the bytes of keys and values of so many positions."""
+    return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * length * value_bytes
+
+
+def activation_bytes(
+    model: config.Model, num_patches: int, length: int, *, vision_chunk: int, prefill_chunk: int
+) -> int:
+    """Return the bytes of the largest float32 activation: of a pass of the vision tower, or of the decoder.
+
+    Args:
+        model: its sizes.
+        num_patches: of the video.
+        length: of the prompt.
+        vision_chunk: patches per pass of the tower.
+        prefill_chunk: positions per pass of the decoder.
+    """
+    vision, decoder = model.vision, model.decoder
+    per_patch = max(vision.intermediate_size, vision.patch_dim, vision.hidden_size)
+    return 4 * max(
+        min(num_patches, vision_chunk) * per_patch,
+        min(length, prefill_chunk) * decoder.intermediate_size,
+        length * decoder.hidden_size,
+    )
 
 
 def injection_bytes(model: config.Model) -> int:

@@ -33,6 +33,11 @@ def describe() -> dict[str, Any]:
     }
 
 
+def results(name: str | None = None) -> Path:
+    """Return the directory of a machine's results; None: of this machine's."""
+    return Path(__file__).parent / "results" / (name or describe()["name"])
+
+
 def command(module: str, arguments: Sequence[str]) -> str:
     """Return the command that repeats a bench, without where its result went."""
     words = list(arguments)
@@ -58,7 +63,7 @@ def write_result(bench: str, arguments: Sequence[str], out: Path | None, **value
         "machine": described,
         **values,
     }
-    path = out or Path(__file__).parent / "results" / described["name"] / f"{bench}.json"
+    path = out or results(described["name"]) / f"{bench}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return path

@@ -36,9 +36,9 @@ def bundle(shape: str, precision: str) -> Path:
     return out
 
 
-def clip() -> Path:
-    """Return an mp4 of 40 s, 8 frames per second, 224 x 224: a square that moves over a gradient, and some noise."""
-    path = cache() / f"clip-{SECONDS}s-{FPS}fps-{SIZE}.mp4"
+def clip(seconds: int = SECONDS) -> Path:
+    """Return an mp4 of 8 frames per second, 224 x 224: a square that moves over a gradient, and some noise."""
+    path = cache() / f"clip-{seconds}s-{FPS}fps-{SIZE}.mp4"
     if path.exists():
         return path
-    return bench.write_clip(path, seconds=SECONDS, fps=FPS, size=SIZE)
+    return bench.write_clip(path, seconds=seconds, fps=FPS, size=SIZE)

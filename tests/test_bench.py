@@ -1,8 +1,11 @@
 """`vlrt bench`: what it counts, and what its report says. How long things take is not tested."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -85,3 +88,23 @@ def test_the_command_writes_a_report(make_bundle, tmp_path):
     assert done.stdout == (tmp_path / "out" / "report.md").read_text() + "\n"
     assert "| chain of 4 |" in done.stdout
     assert len(json.loads((tmp_path / "out" / "bench.json").read_text())["rows"]) == 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.md", "bench.json"}
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    """Catches half a report, or one beside the numbers of another run."""
+    bench.save(tmp_path, "old", {"number": 1})
+    write = Path.write_text
+
+    def full(path, text, **rest):
+        if "json" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, text, **rest)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(ConfigError, match=r"No space left on device; choose another -o"):
+        bench.save(tmp_path, "new", {"number": 2})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "report.md": "old",
+        "bench.json": '{\n "number": 1\n}\n',
+    }

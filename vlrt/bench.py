@@ -1,9 +1,12 @@
 """Times one bundle on one machine: answering directly, after latents, and after written chains of several lengths.
 
 Every case is asked in turn, round by round, so that what disturbs the machine disturbs all; lengths are forced, so that
-weights that are not trained take as long as those that are. Knows the runtime and the clock; prints and writes nothing.
+weights that are not trained take as long as those that are. Knows the runtime and the clock; prints nothing.
 """
 
+import contextlib
+import json
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -190,17 +193,45 @@ def markdown(rows: Sequence[Mapping[str, Any]], described: Mapping[str, Any]) ->
         rows: as `Result.to_dict` gives them.
         described: facts about bundle and machine, a line each.
     """
-    head = ["", *STAGES, "chain / latents, end to end", "reasoning alone"]
+    head = ["", *STAGES, "tokens in", "peak memory", "chain / latents, end to end", "reasoning alone"]
     lines = ["# Time to answer", "", *(f"- {name}: {value}" for name, value in described.items()), ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["case"], *(f"{row['seconds'][stage]['median']:.3f}" for stage in STAGES)]
+        cells += [str(row["usage"]["prompt_tokens"]), f"{row['usage']['peak_host_memory_bytes'] / 1e6:.0f} MB"]
         cells += [f"{row[name]:.1f}" if name in row else "" for name in ("end_to_end_ratio", "reasoning_ratio")]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         "Medians in seconds of rounds taken in turn; lengths are forced. Reasoning alone: what a chain takes beyond an",
-        "answer without it, over what the latents take.",
+        "answer without it, over what the latents take. Peak memory is that of the process up to then.",
         "",
     ]
     return "\n".join(lines)
+
+
+def save(directory: Path, report: str, values: Mapping[str, Any]) -> None:
+    """Write report.md and bench.json; what stood there before is replaced by whole files only.
+
+    Args:
+        directory: made where it is not there.
+        report: as `markdown` returns it.
+        values: JSON values.
+
+    Raises:
+        ConfigError: they cannot be written.
+    """
+    texts = {"report.md": report, "bench.json": json.dumps(values, indent=1) + "\n"}
+    partial = {directory / f".{name}.{os.getpid()}.partial": name for name in texts}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for path, name in partial.items():
+            path.write_text(texts[name], encoding="utf-8")
+        for path, name in partial.items():
+            path.replace(directory / name)
+    except OSError as error:
+        raise ConfigError(f"cannot write {directory}: {error.strerror}; choose another -o") from error
+    finally:
+        for path in partial:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)

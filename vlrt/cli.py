@@ -440,22 +440,12 @@ def bench(args: argparse.Namespace) -> None:
         ).to_dict()
     described["frames"] = str(rows[0]["usage"]["num_frames"])
     if args.output is not None:
-        _write_report(args.output, benching.markdown(rows, described), {"machine": machine, "rows": rows})
+        values = {"described": described, "machine": machine, "rows": rows}
+        benching.save(args.output, benching.markdown(rows, described), values)
     if args.json:
         _put({"described": described, "rows": rows})
     else:
         _put(benching.markdown(rows, described))
-
-
-def _write_report(directory: Path, text: str, values: dict[str, Any]) -> None:
-    from vlrt.errors import ConfigError
-
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "report.md").write_text(text, encoding="utf-8")
-        (directory / "bench.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {directory}: {error.strerror}; choose another -o") from error
 
 
 SHOWN = ("completed", "total", "description")  # of a progress bar
