@@ -18,6 +18,7 @@ from vlrt.errors import Stopped
 from vlrt.generate import Context, Replace, Writer, check_length, read, read_rest
 from vlrt.kv_cache import KVCache
 from vlrt.latent import ablate
+from vlrt.packed_cache import PackedCache, pack
 from vlrt.request import ANSWER_TAG, Request
 
 SLACK = 512  # slots for questions and answers that an opened video begins with; they grow where a question takes more
@@ -47,26 +48,39 @@ class Memory:
         tokenizer: of the model.
         shown: what was encoded.
         tokens: [N_v, C], of the vision tower.
+        packs: whether keys and values are kept in int8 between questions. They are rounded before the first one, so
+            that the same question has the same answer whenever it is asked; the cache must be in host memory.
     """
 
     def __init__(
-        self, backend: Backend, model: config.Model, tokenizer: prompt.Tokenizer, shown: Shown, tokens: Array
+        self,
+        backend: Backend,
+        model: config.Model,
+        tokenizer: prompt.Tokenizer,
+        shown: Shown,
+        tokens: Array,
+        *,
+        packs: bool = False,
     ) -> None:
         self.shown, self.backend = shown, backend
         self._model, self._tokenizer, self._tokens = model, tokenizer, tokens
         self._ids: NDArray[np.int64] = np.zeros(0, np.int64)  # what the cache holds
         self._cache: KVCache | None = None
         self._pooled: Array = None
+        self._packs = packs
+        self._packed: PackedCache | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds, roughly."""
         rows, width = self._tokens.shape
-        return 4 * int(rows) * int(width) + (self._cache.num_bytes if self._cache is not None else 0)
+        kept = self._cache or self._packed
+        return 4 * int(rows) * int(width) + (kept.num_bytes if kept is not None else 0)
 
     def read(self) -> None:
         """Read the prompt up to the video's end, before there is a question."""
         self.knows(prompt.build(self._tokenizer, self._model, "?", [self.shown.media], reasoning="direct"))
+        self.rewind()
 
     def settle(self, clock: Clock) -> None:
         """Do what was put off until somebody asks: of a whole video, nothing."""
@@ -78,11 +92,11 @@ class Memory:
         error left nothing.
         """
         self.settle(Clock())
-        if self._cache is None:
+        if self._cache is None and self._packed is None:
             self.read()
-        assert self._cache is not None
-        lower = self.backend.lower
-        return {"ids": self._ids, "tokens": lower(self._tokens), "pooled": lower(self._pooled), **self._cache.parts()}
+        lower, parts = self.backend.lower, self.cache(0).parts()
+        self.rewind()
+        return {"ids": self._ids, "tokens": lower(self._tokens), "pooled": lower(self._pooled), **parts}
 
     @classmethod
     def restore(
@@ -107,7 +121,8 @@ class Memory:
 
     def has(self, built: prompt.Prompt) -> bool:
         """Return whether a prompt has been read up to the video's end."""
-        return self._cache is not None and np.array_equal(self._ids, built.ids[: video_end(built, self._model)])
+        holds = self._cache is not None or self._packed is not None
+        return holds and np.array_equal(self._ids, built.ids[: video_end(built, self._model)])
 
     def knows(self, built: prompt.Prompt, check: Callable[[], None] | None = None) -> bool:
         """Read a prompt up to the video's end where that has not been read; return whether it had been.
@@ -120,12 +135,19 @@ class Memory:
         whole = read(self.backend, built, self._tokens)
         cache = self.backend.prepare(stop + SLACK)
         Writer(self.backend, whole.upto(stop), 0, cache, check)
+        if self._packs:
+            self._packed = pack(cache)
+            cache.rewind(stop)
+            self._packed.unpack(cache)
         self._keep(cache, built.ids[:stop], whole.pooled)
         return False
 
     def cache(self, room: int) -> KVCache:
         """Return what was read, in a cache with `room` slots beyond it."""
-        assert self._cache is not None, "the caller has it read before"
+        if self._cache is None:
+            assert self._packed is not None, "the caller has it read before"
+            self._cache = self.backend.prepare(self._packed.length + room)
+            self._packed.unpack(self._cache)
         stop = self._cache.length
         if self._cache.capacity < stop + room:
             larger = self.backend.prepare(stop + room + SLACK)
@@ -142,8 +164,10 @@ class Memory:
         self._cache = None
 
     def rewind(self) -> None:
-        """Take back what follows the video."""
-        if self._cache is not None:
+        """Take back what follows the video; where it is kept in int8, the rest as well."""
+        if self._packed is not None:
+            self._cache = None
+        elif self._cache is not None:
             self._cache.rewind(self._cache.length - len(self._ids))
 
     def answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
@@ -158,13 +182,14 @@ class Memory:
             built = build(self._tokenizer, self._model, asked, self.shown.media)
         try:
             with clock("prefill"):
+                reused = self.has(built)
                 writer, context = self._writer(built, asked.room(self._model, self._tokenizer), clock)
             latents = None
             if asked.reasoning == "latent":
                 with clock("latents"):
                     made = writer.reason(context, replacement(self.backend, asked))
                     latents = self.backend.lower(made)
-            return (yield from self.conclude(writer, asked, built, context.start, latents, clock))
+            return (yield from self.conclude(writer, asked, built, reused * context.start, latents, clock))
         except (GeneratorExit, Stopped):  # between two steps: whoever read the stream has left, or its time is over
             raise
         except BaseException:
@@ -208,13 +233,14 @@ class Memory:
     def _writer(self, built: prompt.Prompt, room: int, clock: Clock) -> tuple[Writer, Context]:
         """Read a prompt: what follows the video where the rest has been read, else all of it."""
         stop = video_end(built, self._model)
-        if not self.has(built):
+        if not self.has(built) and not self._packs:
             self._cache = None
             context = read(self.backend, built, self._tokens)
             writer = Writer(self.backend, context, room, check=clock.check)
             self._keep(writer.cache, built.ids[:stop], context.pooled)
             return writer, context
         check_length(self._model, len(built.ids), room)
+        self.knows(built, clock.check)  # it does, unless it is to be kept in int8
         cache, context = self.cache(len(built.ids) - stop + room), self.rest(built)
         return Writer(self.backend, context, room, cache, clock.check), context
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlrt import preprocess, prompt, request, saved_clip, session
+from vlrt.admission import Admission
 from vlrt.answer import Answer, Clock, Stream, drain
 from vlrt.backends import select
 from vlrt.backends.base import Backend, FrameUpload
@@ -22,7 +23,7 @@ from vlrt.content import Source, content_key, stamp
 from vlrt.encoding import encode
 from vlrt.errors import ConfigError, VlrtError
 from vlrt.live import LiveClip, LiveMemory, Window
-from vlrt.memory import Memory, Shown, build
+from vlrt.memory import Memory, Shown
 from vlrt.request import Request
 from vlrt.saved_clip import Origin
 from vlrt.session import Clip, Recent
@@ -45,6 +46,8 @@ class Runtime:
         *,
         video_cache_bytes: int = VIDEO_CACHE_BYTES,
         origin: Origin | None = None,
+        memory_bytes: int | None = None,
+        kv_cache: str = "fp32",
     ) -> None:
         """Wrap a loaded backend. `Runtime.open` makes one from a bundle."""
         self.model = backend.model
@@ -52,6 +55,8 @@ class Runtime:
         self._backend: Backend | None = backend
         self._recent = Recent(video_cache_bytes)
         self._origin = origin
+        self._packs = kv_cache == "int8"
+        self._admission = Admission(self.model, tokenizer, backend.plan_memory, memory_bytes, self._recent.clear)
 
     @classmethod
     def open(
@@ -62,6 +67,8 @@ class Runtime:
         device: str = "auto",
         threads: int | None = None,
         video_cache_bytes: int = VIDEO_CACHE_BYTES,
+        memory_bytes: int | None = None,
+        kv_cache: str = "fp32",
     ) -> "Runtime":
         """Load a bundle; each file's hash is checked when it is loaded.
 
@@ -72,6 +79,11 @@ class Runtime:
             threads: of one graph run; None: one per core that this process may use. Of PyTorch: in the whole process.
             video_cache_bytes: of what was computed about the videos asked about last, so that another question about
                 one of them takes less; 0: nothing is kept.
+            memory_bytes: that one question may take above the loaded bundle, kept videos not counted; one that would
+                take more is refused before its video is decoded. None: what the machine, or the control group that
+                the process is in, has available by then.
+            kv_cache: "fp32", or "int8" (backend ort alone): keys and values of open and remembered videos are kept in
+                int8 between questions, in 0.27 of the memory. While a question is answered they are float32.
 
         Raises:
             BundleError: not a bundle, or damaged.
@@ -82,14 +94,27 @@ class Runtime:
             raise ConfigError(f"threads is {threads!r}; accepted: a whole number from 1 to {MAX_THREADS}")
         if not isinstance(video_cache_bytes, int) or video_cache_bytes < 0:
             raise ConfigError(f"video_cache_bytes is {video_cache_bytes!r}; accepted: a whole number, 0 or more")
+        if memory_bytes is not None and (not isinstance(memory_bytes, int) or memory_bytes < 1):
+            raise ConfigError(f"memory_bytes is {memory_bytes!r}; accepted: a whole number, 1 or more, or None")
+        if kv_cache not in ("fp32", "int8"):
+            raise ConfigError(f"kv_cache is {kv_cache!r}; accepted: 'fp32', 'int8'")
         bundle = Bundle.open(path)
+        if kv_cache == "int8" and bundle.backend != "ort":
+            raise ConfigError(f"kv_cache 'int8' is for bundles of ort; this one is of {bundle.backend}: use 'fp32'")
         for name in prompt.FILES:
             if (bundle.path / name).exists():
                 bundle.file(name)
         loaded = select.load(bundle, backend, device, threads)
         origin = Origin(bundle.seal, bundle.backend, bundle.precision)
         tokenizer = prompt.Tokenizer.open(bundle.path)
-        return cls(loaded, tokenizer, video_cache_bytes=video_cache_bytes, origin=origin)
+        return cls(
+            loaded,
+            tokenizer,
+            video_cache_bytes=video_cache_bytes,
+            origin=origin,
+            memory_bytes=memory_bytes,
+            kv_cache=kv_cache,
+        )
 
     def ask(
         self,
@@ -126,7 +151,8 @@ class Runtime:
         Raises:
             Stopped: the time was over, or the event was set.
             VideoError: the video cannot be used.
-            ConfigError: a setting is out of range, or the prompt is longer than the model's positions.
+            ConfigError: a setting is out of range, the prompt is longer than the model's positions, or the video takes
+                more memory than there is (`memory_bytes`).
         """
         asked = request.check(
             self.model,
@@ -252,13 +278,8 @@ class Runtime:
             VideoError: the video cannot be used.
             ConfigError: a setting is out of range, or the video is longer than the model's positions.
         """
-        backend, clock = self._open_backend(), Clock()
-        upload = backend.frame_upload()
-        shown, frames = self._look(video, num_frames, fps, clock, upload)
         asked = request.check(self.model, self.tokenizer, "?", max_tokens=1)
-        build(self.tokenizer, self.model, asked, shown.media)  # whether it fits, before the vision tower runs
-        tokens = encode(backend, self.model, frames, clock, upload)
-        memory = Memory(backend, self.model, self.tokenizer, shown, tokens)
+        memory = self._see(video, asked, num_frames, fps, Clock())
         memory.read()
         return Clip(memory, self.model, self.tokenizer, self._origin)
 
@@ -335,11 +356,9 @@ class Runtime:
         """Decode and encode a video about which a question is to be answered."""
         backend = self._open_backend()
         upload = backend.frame_upload()
-        shown, frames = self._look(video, num_frames, fps, clock, upload)
-        with clock("prefill"):  # before the vision tower, which may take minutes
-            build(self.tokenizer, self.model, asked, shown.media)
+        shown, frames = self._look(video, asked, num_frames, fps, clock, upload)
         tokens = encode(backend, self.model, frames, clock, upload)
-        return Memory(backend, self.model, self.tokenizer, shown, tokens)
+        return Memory(backend, self.model, self.tokenizer, shown, tokens, packs=self._packs)
 
     def _open_backend(self) -> Backend:
         backend = self._backend
@@ -348,11 +367,20 @@ class Runtime:
         return backend
 
     def _look(
-        self, video: Source, num_frames: int | None, fps: float | None, clock: Clock, upload: FrameUpload | None
+        self,
+        video: Source,
+        asked: Request,
+        num_frames: int | None,
+        fps: float | None,
+        clock: Clock,
+        upload: FrameUpload | None,
     ) -> tuple[Shown, Frames]:
-        """Decode a video, and resize its frames."""
+        """Decode a video, and resize its frames, unless the question about it cannot fit."""
+        admit, cfg = self._admission.of(asked), self.model
         with clock("decode"):
-            frames = load(video, self.model.video, self.model.vision, num_frames=num_frames, fps=fps, target=upload)
+            frames = load(video, cfg.video, cfg.vision, num_frames=num_frames, fps=fps, target=upload, admit=admit)
+            if isinstance(video, Frames):
+                admit(len(frames.data), *preprocess.target_size(frames, self.model.video, self.model.vision))
         with clock("preprocess"):
             vision, resized = self.model.vision, preprocess.resized(frames, self.model.video, self.model.vision)
             seconds = preprocess.seconds_per_temporal_patch(resized, vision)
