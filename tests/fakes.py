@@ -7,7 +7,7 @@ row by row, so that the same sequence gives the same bits however it was cut int
 
 import numpy as np
 
-from vlrt import fresh
+from vlrt import fresh, memory_plan
 from vlrt.backends.greedy import HostWords
 from vlrt.kv_cache import KVCache
 
@@ -100,6 +100,9 @@ class FakeBackend:
 
     def lower(self, rows):
         return rows
+
+    def plan_memory(self, shape):
+        return memory_plan.predict(self.model, shape, int8=False, library=False)
 
     def close(self):
         pass

@@ -21,6 +21,14 @@ def _number(kind: type[int] | type[float], low: float, accepted: str) -> Callabl
     return parse
 
 
+def _size(text: str) -> tuple[int, int]:
+    """Return (width, height)."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()) or 0 in (int(width), int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r}; accepted: width and height in pixels, as in 224x224")
+    return int(width), int(height)
+
+
 def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentParser:
     """Return the parser of a command line whose verbs are `commands`, by name; a verb's help is its docstring."""
     parser = argparse.ArgumentParser(
@@ -109,6 +117,15 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
 
     sub = verb("info", path={"metavar": "BUNDLE_OR_CHECKPOINT", "help": "a directory"})
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--frames", type=count, metavar="N", help="predict the memory of a question about so many frames")
+    sub.add_argument("--video", type=Path, help="predict it for this video, sampled as the bundle does or at --frames")
+    sub.add_argument("--size", type=_size, metavar="WxH", help="of the frames, in pixels (default: 224x224)")
+    sub.add_argument(
+        "--question-tokens", type=count, default=32, metavar="N", help="length of the question (default: 32)"
+    )
+    sub.add_argument(
+        "--reasoning", choices=["latent", "direct", "cot"], help="before the answer (default: latent where there is)"
+    )
     sub = verb("doctor")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 

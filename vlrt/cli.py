@@ -157,6 +157,13 @@ def info(args: argparse.Namespace) -> None:
             f"{path} {given if path.is_dir() else 'is not a directory'}; accepted: a bundle that `vlrt export` wrote, "
             "or a Hugging Face checkpoint"
         )
+    if args.video is not None and args.size is not None:
+        args.parser.error("argument --size: not allowed with --video")
+    if args.frames is not None or args.video is not None:
+        if not is_bundle:
+            raise BundleError(f"{path} is a checkpoint; memory is predicted for bundles: export it first")
+        _plan(path, args)
+        return
     if args.json:
         _put(facts)
         return
@@ -164,6 +171,24 @@ def info(args: argparse.Namespace) -> None:
     _print_table(str(path), ("what", "value"), _flat(facts))
     if parity is not None:
         _print_parity(parity)
+
+
+def _plan(path: Path, args: argparse.Namespace) -> None:
+    """Print what a question about a video takes."""
+    from vlrt import memory_report
+
+    facts = memory_report.report(
+        path,
+        num_frames=args.frames,
+        size=args.size or (224, 224),
+        video=args.video,
+        question_tokens=args.question_tokens,
+        reasoning=args.reasoning,
+    )
+    if args.json:
+        _put(facts)
+    else:
+        _print_table(f"{path}: a question about a video", ("what", "value"), _flat(facts))
 
 
 def doctor(args: argparse.Namespace) -> None:

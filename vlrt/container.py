@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 from vlrt.config import Video
-from vlrt.errors import VideoError
+from vlrt.errors import VideoError, VlrtError
 
 if TYPE_CHECKING:  # importing av takes a while, and arrays do without it
     from av.container import InputContainer
@@ -194,14 +194,14 @@ def check_pixels(name: str, height: int, width: int, video: Video) -> None:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn whatever a library raises about the data of `name` into a VideoError.
+    """Turn whatever a library raises about the data of `name` into a VideoError; our own errors pass.
 
     Raises:
         VideoError: in place of any other exception, which it names as its cause.
     """
     try:
         yield
-    except VideoError:
+    except VlrtError:
         raise
     except Exception as error:  # readers of damaged data raise anything
         raise VideoError(

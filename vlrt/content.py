@@ -10,6 +10,8 @@ import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from vlrt.video import Frames
 
 WHOLE_BYTES = 64 * 1024**2  # files up to here are hashed whole
@@ -30,7 +32,8 @@ def content_key(source: Source, num_frames: int | None, fps: float | None) -> Ha
     try:
         if isinstance(source, Frames):
             digest.update(repr((source.data.shape, source.sample_fps, source.is_image)).encode())
-            digest.update(source.data.tobytes() + source.pts_seconds.tobytes())
+            digest.update(np.ascontiguousarray(source.data).data)  # without a copy: frames may be most of the memory
+            digest.update(source.pts_seconds.tobytes())
         elif isinstance(source, bytes):
             digest.update(source)
         elif isinstance(source, str | os.PathLike):

@@ -19,6 +19,7 @@ from vlrt.errors import Stopped
 from vlrt.generate import Context, Replace, Writer, check_length, read, read_rest
 from vlrt.kv_cache import KVCache
 from vlrt.latent import ablate
+from vlrt.packed_cache import PackedCache, pack
 from vlrt.reduction import NONE, Reduction, related
 from vlrt.request import ANSWER_TAG, Request
 
@@ -53,6 +54,9 @@ class Memory:
         tokens: [N, C], of the vision tower, those that there are.
         pooled: [T_v, C], of all tokens, see `generate.Context`; None: that of `tokens`, none of which was dropped.
         reduce: what of them is read for a question.
+        packs: whether keys and values are kept in int8 between questions, where all read the same. They are rounded
+            before the first one, so that the same question has the same answer whenever it is asked; the cache must be
+            in host memory.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class Memory:
         tokens: Array,
         pooled: Array = None,
         reduce: Reduction = NONE,
+        *,
+        packs: bool = False,
     ) -> None:
         self.shown, self.backend = shown, backend
         self._model, self._tokenizer, self._tokens = model, tokenizer, tokens
@@ -72,17 +78,21 @@ class Memory:
         self._prefix = 0  # positions of it that do not depend on the question
         self._cache: KVCache | None = None
         self._pooled, self._reduce = pooled, reduce
+        self._packs = packs and self.is_shared
+        self._packed: PackedCache | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds, roughly."""
         rows, width = self._tokens.shape
-        return 4 * int(rows) * int(width) + (self._cache.num_bytes if self._cache is not None else 0)
+        kept = self._cache or self._packed
+        return 4 * int(rows) * int(width) + (kept.num_bytes if kept is not None else 0)
 
     def read(self) -> None:
         """Read the prompt up to the video's end, before there is a question; nothing where it depends on that."""
         if self.is_shared:
             self.knows(prompt.build(self._tokenizer, self._model, "?", [self.shown.media], reasoning="direct"))
+            self.rewind()
 
     @property
     def is_shared(self) -> bool:
@@ -99,11 +109,11 @@ class Memory:
         error left nothing.
         """
         self.settle(Clock())
-        if self._cache is None:
+        if self._cache is None and self._packed is None:
             self.read()
-        assert self._cache is not None
-        lower = self.backend.lower
-        return {"ids": self._ids, "tokens": lower(self._tokens), "pooled": lower(self._pooled), **self._cache.parts()}
+        lower, parts = self.backend.lower, self.cache(0).parts()
+        self.rewind()
+        return {"ids": self._ids, "tokens": lower(self._tokens), "pooled": lower(self._pooled), **parts}
 
     @classmethod
     def restore(
@@ -146,12 +156,19 @@ class Memory:
         shared = whole.upto(stop - num_dropped(kept))
         cache = self.backend.prepare(shared.end + SLACK)
         Writer(self.backend, shared, 0, cache, check)
+        if self._packs:
+            self._packed = pack(cache)
+            cache.rewind(cache.length)
+            self._packed.unpack(cache)
         self._keep(cache, built.ids[:stop], kept, whole.pooled)
         return False
 
     def cache(self, room: int) -> KVCache:
         """Return what was read, in a cache with `room` slots beyond it."""
-        assert self._cache is not None, "the caller has it read before"
+        if self._cache is None:
+            assert self._packed is not None, "the caller has it read before"
+            self._cache = self.backend.prepare(self._packed.length + room)
+            self._packed.unpack(self._cache)
         stop = self._cache.length
         if self._cache.capacity < stop + room:
             larger = self.backend.prepare(stop + room + SLACK)
@@ -168,8 +185,10 @@ class Memory:
         self._cache = None
 
     def rewind(self) -> None:
-        """Take back what follows the video."""
-        if self._cache is not None:
+        """Take back what follows the video; where it is kept in int8, the rest as well."""
+        if self._packed is not None:
+            self._cache = None
+        elif self._cache is not None:
             self._cache.rewind(self._cache.length - self._prefix)
 
     def answer(self, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
@@ -185,13 +204,14 @@ class Memory:
             built = build(self._tokenizer, self._model, asked, self.shown.media, num_dropped(kept))
         try:
             with clock("prefill"):
+                reused = self._has(built, kept)
                 writer, context = self._writer(built, kept, tokens, asked.room(self._model, self._tokenizer), clock)
             latents = None
             if asked.reasoning == "latent":
                 with clock("latents"):
                     made = writer.reason(context, replacement(self.backend, asked), self.certain(writer, asked))
                     latents = self.backend.lower(made)
-            return (yield from self.conclude(writer, asked, built, context.start, latents, clock))
+            return (yield from self.conclude(writer, asked, built, reused * context.start, latents, clock))
         except (GeneratorExit, Stopped):  # between two steps: whoever read the stream has left, or its time is over
             raise
         except BaseException:
@@ -261,19 +281,20 @@ class Memory:
     ) -> tuple[Writer, Context]:
         """Read a prompt: what follows the video where the rest has been read, else all of it."""
         stop, length = video_end(built, self._model), len(built.ids) - num_dropped(kept)
-        if not self._has(built, kept):
+        if not self._has(built, kept) and not self._packs:
             self._cache = None
             context = read(self.backend, built, tokens, kept, self._pooled)
             writer = Writer(self.backend, context, room, check=clock.check)
             self._keep(writer.cache, built.ids[:stop], kept, context.pooled)
             return writer, context
         check_length(self._model, length, room)
+        self.knows(built, clock.check)  # it does, unless it is to be kept in int8
         cache, context = self.cache(len(built.ids) - stop + room), self.rest(built)
         return Writer(self.backend, context, room, cache, clock.check), context
 
     def _has(self, built: prompt.Prompt, kept: NDArray[np.bool_] | None) -> bool:
         same = np.array_equal(self._ids, built.ids[: video_end(built, self._model)]) and _equal(self._kept, kept)
-        return self._cache is not None and same
+        return (self._cache is not None or self._packed is not None) and same
 
     def _keep(self, cache: KVCache, ids: NDArray[np.int64], kept: NDArray[np.bool_] | None, pooled: Array) -> None:
         self._cache, self._ids, self._kept, self._pooled = cache, ids, kept, pooled

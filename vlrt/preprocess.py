@@ -43,20 +43,29 @@ def resized(frames: Frames, video: Video, vision: Vision) -> Frames:
         VideoError: one side is more than 200 times the other.
     """
     data, times = frames.data, frames.pts_seconds
-    count, height, width, _ = data.shape
-    factor = size_factor(vision)
-    untouched = (height, width) == (frames.source_height, frames.source_width)
-    if untouched or height % factor or width % factor:
-        if frames.is_image:
-            size = image_size(height, width, video, vision)
-        else:
-            size = frame_size(height, width, count, video, vision)
-        data = at_size(data, size)
+    count = len(data)
+    data = at_size(data, target_size(frames, video, vision))
     missing = -count % vision.temporal_patch_size
     if missing:
         data = np.concatenate([data, np.repeat(data[-1:], missing, axis=0)])
         times = np.concatenate([times, np.repeat(times[-1:], missing)])
     return replace(frames, data=data, pts_seconds=times)
+
+
+def target_size(frames: Frames, video: Video, vision: Vision) -> tuple[int, int]:
+    """Return the (height, width) in pixels that `resized` gives frames.
+
+    Raises:
+        VideoError: one side is more than 200 times the other.
+    """
+    count, height, width, _ = frames.data.shape
+    factor = size_factor(vision)
+    untouched = (height, width) == (frames.source_height, frames.source_width)
+    if not untouched and height % factor == width % factor == 0:
+        return height, width
+    if frames.is_image:
+        return image_size(height, width, video, vision)
+    return frame_size(height, width, count, video, vision)
 
 
 def at_size(data: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:

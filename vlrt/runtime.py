@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlrt import preprocess, prompt, reduction, request, saved_clip, session
+from vlrt.admission import Admission
 from vlrt.answer import Answer, Clock, Stream, drain
 from vlrt.backends import select
 from vlrt.backends.base import Backend, FrameUpload
@@ -23,7 +24,7 @@ from vlrt.encoding import encode_kept
 from vlrt.errors import ConfigError, VlrtError
 from vlrt.live import LiveClip, LiveMemory, Window
 from vlrt.memory import Memory, Shown, build, num_dropped
-from vlrt.reduction import Reduction
+from vlrt.reduction import NONE, Reduction
 from vlrt.request import Request
 from vlrt.saved_clip import Origin
 from vlrt.session import Clip, Recent
@@ -46,6 +47,8 @@ class Runtime:
         *,
         video_cache_bytes: int = VIDEO_CACHE_BYTES,
         origin: Origin | None = None,
+        memory_bytes: int | None = None,
+        kv_cache: str = "fp32",
     ) -> None:
         """Wrap a loaded backend. `Runtime.open` makes one from a bundle."""
         self.model = backend.model
@@ -53,6 +56,8 @@ class Runtime:
         self._backend: Backend | None = backend
         self._recent = Recent(video_cache_bytes)
         self._origin = origin
+        self._packs = kv_cache == "int8"
+        self._admission = Admission(self.model, tokenizer, backend.plan_memory, memory_bytes, self._recent.clear)
 
     @classmethod
     def open(
@@ -63,6 +68,8 @@ class Runtime:
         device: str = "auto",
         threads: int | None = None,
         video_cache_bytes: int = VIDEO_CACHE_BYTES,
+        memory_bytes: int | None = None,
+        kv_cache: str = "fp32",
     ) -> "Runtime":
         """Load a bundle; each file's hash is checked when it is loaded.
 
@@ -73,6 +80,11 @@ class Runtime:
             threads: of one graph run; None: one per core that this process may use. Of PyTorch: in the whole process.
             video_cache_bytes: of what was computed about the videos asked about last, so that another question about
                 one of them takes less; 0: nothing is kept.
+            memory_bytes: that one question may take above the loaded bundle, kept videos not counted; one that would
+                take more is refused before its video is decoded. None: what the machine, or the control group that
+                the process is in, has available by then.
+            kv_cache: "fp32", or "int8" (backend ort alone): keys and values of open and remembered videos are kept in
+                int8 between questions, in 0.27 of the memory. While a question is answered they are float32.
 
         Raises:
             BundleError: not a bundle, or damaged.
@@ -83,14 +95,27 @@ class Runtime:
             raise ConfigError(f"threads is {threads!r}; accepted: a whole number from 1 to {MAX_THREADS}")
         if not isinstance(video_cache_bytes, int) or video_cache_bytes < 0:
             raise ConfigError(f"video_cache_bytes is {video_cache_bytes!r}; accepted: a whole number, 0 or more")
+        if memory_bytes is not None and (not isinstance(memory_bytes, int) or memory_bytes < 1):
+            raise ConfigError(f"memory_bytes is {memory_bytes!r}; accepted: a whole number, 1 or more, or None")
+        if kv_cache not in ("fp32", "int8"):
+            raise ConfigError(f"kv_cache is {kv_cache!r}; accepted: 'fp32', 'int8'")
         bundle = Bundle.open(path)
+        if kv_cache == "int8" and bundle.backend != "ort":
+            raise ConfigError(f"kv_cache 'int8' is for bundles of ort; this one is of {bundle.backend}: use 'fp32'")
         for name in prompt.FILES:
             if (bundle.path / name).exists():
                 bundle.file(name)
         loaded = select.load(bundle, backend, device, threads)
         origin = Origin(bundle.seal, bundle.backend, bundle.precision)
         tokenizer = prompt.Tokenizer.open(bundle.path)
-        return cls(loaded, tokenizer, video_cache_bytes=video_cache_bytes, origin=origin)
+        return cls(
+            loaded,
+            tokenizer,
+            video_cache_bytes=video_cache_bytes,
+            origin=origin,
+            memory_bytes=memory_bytes,
+            kv_cache=kv_cache,
+        )
 
     def ask(
         self,
@@ -133,7 +158,8 @@ class Runtime:
         Raises:
             Stopped: the time was over, or the event was set.
             VideoError: the video cannot be used.
-            ConfigError: a setting is out of range, or the prompt is longer than the model's positions.
+            ConfigError: a setting is out of range, the prompt is longer than the model's positions, or the video takes
+                more memory than there is (`memory_bytes`).
         """
         asked = request.check(
             self.model,
@@ -367,13 +393,13 @@ class Runtime:
         """Decode and encode a video about which a question is to be answered."""
         backend = self._open_backend()
         upload = backend.frame_upload()
-        shown, frames = self._look(video, num_frames, fps, reduce, clock, upload)
-        with clock("prefill"):  # before the vision tower, which may take minutes
+        shown, frames = self._look(video, asked, num_frames, fps, reduce, clock, upload)
+        if reduce != NONE:
             total = prompt.num_tokens(shown.media.grid_thw, self.model.vision.spatial_merge_size)
             dropped = total - reduce.num_kept(total - num_dropped(shown.kept))
-            build(self.tokenizer, self.model, asked, shown.media, dropped)
+            build(self.tokenizer, self.model, asked, shown.media, dropped)  # whether it fits the model's positions
         tokens, pooled = encode_kept(backend, self.model, frames, shown.kept, clock, upload)
-        return Memory(backend, self.model, self.tokenizer, shown, tokens, pooled, reduce)
+        return Memory(backend, self.model, self.tokenizer, shown, tokens, pooled, reduce, packs=self._packs)
 
     def _open_backend(self) -> Backend:
         backend = self._backend
@@ -384,18 +410,29 @@ class Runtime:
     def _look(
         self,
         video: Source,
+        asked: Request,
         num_frames: int | None,
         fps: float | None,
         reduce: Reduction,
         clock: Clock,
         upload: FrameUpload | None,
     ) -> tuple[Shown, Frames]:
-        """Decode a video, resize its frames, and find what in them is new."""
+        """Decode a video, resize its frames, and find what in them is new; unless the question cannot fit.
+
+        Where tokens are to be dropped, how many there will be is not known before.
+        """
+        admit, cfg = (self._admission.of(asked) if reduce == NONE else _anything), self.model
         with clock("decode"):
-            frames = load(video, self.model.video, self.model.vision, num_frames=num_frames, fps=fps, target=upload)
+            frames = load(video, cfg.video, cfg.vision, num_frames=num_frames, fps=fps, target=upload, admit=admit)
+            if isinstance(video, Frames):
+                admit(len(frames.data), *preprocess.target_size(frames, cfg.video, cfg.vision))
         with clock("preprocess"):
             vision, resized = self.model.vision, preprocess.resized(frames, self.model.video, self.model.vision)
             seconds = preprocess.seconds_per_temporal_patch(resized, vision)
             media = prompt.Media(resized.is_image, preprocess.grid_of(resized, vision), seconds)
             kept = None if reduce.unchanged is None else reduction.changed(resized, vision, reduce.unchanged)
         return Shown(media, len(frames.data), frames.warnings, None if kept is None else kept.reshape(-1)), resized
+
+
+def _anything(num_frames: int, height: int, width: int) -> None:
+    """Refuse nothing."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # importing av takes a while, and arrays do without it
     from av.video.frame import VideoFrame
 
 Path: TypeAlias = str | os.PathLike[str]
+Admit: TypeAlias = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def load(
     num_frames: int | None = None,
     fps: float | None = None,
     target: Target | None = None,
+    admit: Admit = lambda *_: None,
 ) -> Frames:
     """Read a video or an image and return its frames, sampled and resized by the rules of qwen-vl-utils.
 
@@ -129,6 +131,8 @@ def load(
             has one frame whatever it says.
         fps: sampling at so many frames per second, in place of the setting.
         target: gives the memory for a video's frames, and learns of each; None: NumPy does. Images need none.
+        admit: told the number of frames, their height and width in pixels at the model's size, as soon as these are
+            known: when the first frame is decoded, before there is memory for the others. What it raises is passed on.
 
     Raises:
         VideoError: no file, no video stream, damaged where frames are wanted, fewer frames than asked for (or than
@@ -139,12 +143,18 @@ def load(
     if isinstance(source, Frames):
         return source
     if isinstance(source, Sequence) and not isinstance(source, str | bytes | bytearray | memoryview):
-        return _load_list(source, video, vision, num_frames, fps, target or Memory())
+        return _load_list(source, video, vision, num_frames, fps, target or Memory(), admit)
     content, name = _checked_source(source, video)
     if is_image(content, name):
-        data, height, width = read_image(content, name, video, lambda h, w: image_size(h, w, video, vision))
+
+        def size_of(height: int, width: int) -> tuple[int, int]:
+            size = image_size(height, width, video, vision)
+            admit(1, *size)
+            return size
+
+        data, height, width = read_image(content, name, video, size_of)
         return Frames(data[None], np.zeros(1), None, 0.0, video.fps, height, width, is_image=True)
-    return _load_video(content, name, video, vision, num_frames, fps, target or Memory())
+    return _load_video(content, name, video, vision, num_frames, fps, target or Memory(), admit)
 
 
 def _load_video(
@@ -155,6 +165,7 @@ def _load_video(
     num_frames: int | None,
     fps: float | None,
     target: Target,
+    admit: Admit,
 ) -> Frames:
     from av.video.reformatter import VideoReformatter
 
@@ -175,7 +186,9 @@ def _load_video(
             picture = _upright(to_rgb.reformat(frame, format="rgb24"), matrix)
             if i == 0:
                 height, width = picture.shape[:2]
-                data = target.begin((count, *frame_size(height, width, count, video, vision), 3))
+                size = frame_size(height, width, count, video, vision)
+                admit(count, *size)
+                data = target.begin((count, *size, 3))
             elif picture.shape[:2] != (height, width):
                 container.warn(f"{name} changes its size at {times.seconds[indices[i]]:.2f} s; frames were made equal")
             data[i] = resize(picture, (data.shape[1], data.shape[2]))
@@ -193,6 +206,7 @@ def _load_list(
     num_frames: int | None,
     fps: float | None,
     target: Target,
+    admit: Admit,
 ) -> Frames:
     """Read image files as the frames of a video: each at its own size, then all at one size."""
     if not sources:
@@ -212,7 +226,9 @@ def _load_list(
         )
         if i == 0:
             first, height, width = picture.shape[:2], rows, columns
-            data = target.begin((count, *frame_size(*first, count, video, vision), 3))
+            size = frame_size(*first, count, video, vision)
+            admit(count, *size)
+            data = target.begin((count, *size, 3))
         elif picture.shape[:2] != first:
             raise VideoError(
                 f"{name} is {rows} x {columns} pixels, the list's first image {height} x {width}; "

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vlrt import config
 from vlrt.kv_cache import KVCache
+from vlrt.memory_plan import Plan, Shape
 
 Array = Any
 Floats = NDArray[np.float32]
@@ -105,6 +106,9 @@ class Backend(Protocol):
 
     def lower(self, rows: Array) -> Floats:
         """Make an array of the engine's kind one of NumPy, float32."""
+
+    def plan_memory(self, shape: Shape) -> Plan | None:
+        """Predict what a question takes in host memory; None: not known for this engine."""
 
     def close(self) -> None:
         """Free what the engine holds."""

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from vlrt import config, names, positions, processor
+from vlrt import config, host_memory, memory_plan, names, positions, processor
 from vlrt.backends import ort_library
 from vlrt.backends.base import Floats, Ids
 from vlrt.backends.greedy import HostWords
@@ -26,6 +26,8 @@ from vlrt.kv_cache import KVCache
 # Without VNNI, x86 adds pairs of products of unsigned and signed bytes in 16 bits, and saturates. This has ONNX Runtime
 # take kernels that do not; where there is VNNI it would take them too, and they are several times slower.
 EXACT_INT8 = ("session.x64quantprecision", "1")
+
+FEW_ROWS = 64  # positions of a decoder pass that is not worth freeing after: latents, answers, most questions
 
 _NO_BIAS = np.zeros((1, 1, 0, 0), np.float32)
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(int64)": "int64"}
@@ -54,7 +56,7 @@ class OrtBackend:
         BundleError: a file is damaged, or a graph does not load or breaks the contract of names.py.
     """
 
-    prefill_chunk, vision_chunk = 512, 4096
+    prefill_chunk, vision_chunk = memory_plan.PREFILL_CHUNK, memory_plan.VISION_CHUNK
 
     def __init__(self, bundle: Bundle, threads: int | None = None, *, library: bool = True) -> None:
         self.model, self._files = bundle.model, bundle.watched()
@@ -63,6 +65,7 @@ class OrtBackend:
         before = self._num_kernels()
         self.threads = threads or num_usable_cores()
         manifest = bundle.manifest
+        self._int8 = bundle.precision == "int8"
         self._embed = bundle.table(manifest.embed)
         self._head = self._embed if manifest.head is None else bundle.table(manifest.head)
         self._queries = self._read(bundle, manifest.queries)
@@ -102,8 +105,14 @@ class OrtBackend:
             feeds[names.WINDOW_REVERSE.name] = np.argsort(order)
             feeds[names.CU_WINDOW_SEQLENS.name] = bounds
         with _running("vision"):
-            out: Floats = self._vision.run(None, feeds)[0]
+            out: Floats = self._vision.run(None, feeds, _freeing())[0]
+        host_memory.give_back()
         return out
+
+    def plan_memory(self, shape: memory_plan.Shape) -> memory_plan.Plan:
+        """See `base.Backend`."""
+        library = isinstance(self._library, ort_library.Library)
+        return memory_plan.predict(self.model, shape, int8=self._int8, library=library)
 
     def embed(self, ids: Ids) -> Floats:
         """See `base.Backend`.
@@ -145,8 +154,11 @@ class OrtBackend:
         if self.has_lanes:
             bias = _NO_BIAS if lanes is None else cache.bias(len(lanes))
             binding.bind_input(names.ATTENTION_BIAS.name, "cpu", 0, np.float32, bias.shape, bias.ctypes.data)
+        long = len(inputs_embeds) > FEW_ROWS
         with _running("decoder"):
-            self._decoder.run_with_iobinding(binding)
+            self._decoder.run_with_iobinding(binding, _freeing() if long else None)
+        if long:
+            host_memory.give_back()
         cache.advance(len(inputs_embeds))
         out: Floats = hidden[0]
         return out
@@ -217,6 +229,7 @@ class OrtBackend:
             bundle.file(name)
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
+        options.enable_mem_pattern = False  # else the second pass of a shape takes its memory once more, and keeps it
         if processor.may_saturate(platform.machine(), processor.describe()["features"]):
             options.add_session_config_entry(*EXACT_INT8)
         options.log_severity_level = 4  # errors are raised; warnings about fusions are no concern of the caller
@@ -243,6 +256,13 @@ class OrtBackend:
     @staticmethod
     def _read(bundle: Bundle, table: Table | None) -> Floats | None:
         return None if table is None else widen(bundle.table(table))
+
+
+def _freeing() -> ort.RunOptions:
+    """Return options for a long pass: what it took is freed at its end, else each session keeps its largest pass."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from vlrt.backends.base import Floats, Ids
 from vlrt.backends.greedy import HostWords
 from vlrt.checkpoint import Checkpoint
 from vlrt.kv_cache import KVCache
+from vlrt.memory_plan import Shape
 from vlrt.models import registry
 from vlrt.models.decoder import CachedAttention
 
@@ -122,6 +123,9 @@ class ReferenceBackend:
         """See `base.Backend`."""
         out: Floats = rows.numpy()
         return out
+
+    def plan_memory(self, shape: Shape) -> None:
+        """See `base.Backend`."""
 
     def close(self) -> None:
         """See `base.Backend`."""

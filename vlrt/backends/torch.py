@@ -24,6 +24,7 @@ from vlrt.backends.uploads import Cutter, FrameUpload, upload
 from vlrt.bundle import Bundle, Table
 from vlrt.errors import BackendUnavailable, BundleError
 from vlrt.kv_cache import KVCache
+from vlrt.memory_plan import Shape
 from vlrt.models import registry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
@@ -186,6 +187,9 @@ class TorchBackend:
     def lower(self, rows: Tensor) -> Any:
         """See `base.Backend`."""
         return rows.float().cpu().numpy()
+
+    def plan_memory(self, shape: Shape) -> None:
+        """See `base.Backend`."""
 
     def close(self) -> None:
         """See `base.Backend`."""
