@@ -288,7 +288,8 @@ class Memory:
             self._keep(writer.cache, built.ids[:stop], kept, context.pooled)
             return writer, context
         check_length(self._model, length, room)
-        self.knows(built, clock.check)  # it does, unless it is to be kept in int8
+        if self._packs:
+            self.knows(built, clock.check)
         cache, context = self.cache(len(built.ids) - stop + room), self.rest(built)
         return Writer(self.backend, context, room, cache, clock.check), context
 
