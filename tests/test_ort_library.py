@@ -5,9 +5,7 @@ reason; `pytest --require-ort-library` makes them fail instead. Not covered: arm
 """
 
 import ctypes
-import importlib.util
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from onnx import TensorProto, helper
 
 from tests.bundles import QUESTION, QUICK, plain_vision, square
 from tests.closeness import assert_close
+from tests.native import ROOT, build
 from vlrt import doctor, prompt
 from vlrt.backends import ort_library
 from vlrt.backends.ort import OrtBackend
@@ -27,35 +26,10 @@ from vlrt.kernels import reference
 from vlrt.positions import mrope_cos_sin
 from vlrt.runtime import Runtime
 
-ROOT = Path(__file__).parent.parent
 LEVELS = {"x86_64": ("avx512", "avx2", "plain"), "aarch64": ("neon",)}.get(platform.machine(), ("plain",))
 VIDEO = ({"q": 4, "k": 4, "v": 4, "cos": 2, "sin": 2, "k_cache": 4, "v_cache": 4, "past_length": 0}, ("out", "k", "v"))
 SEGMENT = ({"q": 3, "k": 3, "v": 3, "cos": 2, "sin": 2, "cu_seqlens": 1}, ("out",))
 CANNOT_BE_BUILT = ("CMake was not found", "no C++ compiler was found", "the headers of ONNX Runtime were not found")
-
-
-@pytest.fixture(scope="session")
-def library(request, tmp_path_factory) -> ort_library.Library:
-    """The installed library, or one that is built for these tests."""
-    found = ort_library.find()
-    if isinstance(found, str):
-        found = _build(tmp_path_factory.mktemp("library"))
-    if isinstance(found, str):
-        if request.config.getoption("--require-ort-library"):
-            pytest.fail(found)
-        pytest.skip(f"libvlrt_ort cannot be built here: {found}")
-    return found
-
-
-def _build(directory: Path) -> ort_library.Library | str:
-    if not (ROOT / "setup.py").exists():
-        return "these tests run beside an installed wheel that lacks it"
-    spec = importlib.util.spec_from_file_location("vlrt_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build_library(directory) or ort_library.find(directory)
 
 
 @pytest.fixture(params=LEVELS)
@@ -295,7 +269,7 @@ def test_it_is_built_where_it_can_be(tmp_path):
     """Catches sources that do not compile, which an installation only mentions: it goes on without the library."""
     if not (ROOT / "setup.py").exists():
         pytest.skip("holds for a checkout; this is an installed wheel")
-    found = _build(tmp_path)
+    found = build(tmp_path)
     assert isinstance(found, ort_library.Library) or found.startswith(CANNOT_BE_BUILT), found
 
 

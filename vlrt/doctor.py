@@ -70,7 +70,7 @@ def _ort_library() -> Ability:
     found = ort_library.find()
     if isinstance(found, str):
         return Ability("libvlrt_ort", False, found)
-    return Ability("libvlrt_ort", True, f"attention with {found.simd}")
+    return Ability("libvlrt_ort", True, f"attention with {found.simd}, int8 with {found.int8}")
 
 
 def _torch_cuda(reason: str | None) -> Ability:

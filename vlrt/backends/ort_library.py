@@ -11,15 +11,23 @@ from pathlib import Path
 
 DIRECTORY = Path(__file__).parent.parent / "kernels" / "ort"
 SIMD = "vlrt.simd"  # session config entry: a level that the processor has, or "auto"
+INT8 = "vlrt.int8"  # likewise, of the int8 linear layers; "none": the bodies
 MAX_HEAD_DIM = 256  # tile.h: kMaxHeadDim
 
 
 @dataclass(frozen=True)
 class Library:
-    """A library that loads here, and the SIMD level that it takes on this processor."""
+    """A library that loads here, and what it takes on this processor.
+
+    Attributes:
+        path: of its file.
+        simd: level of attention.
+        int8: level of int8 linear layers; "none" where the processor has no VNNI, and the bodies run.
+    """
 
     path: Path
     simd: str
+    int8: str
 
 
 def find(directory: Path | None = None) -> Library | str:
@@ -30,8 +38,8 @@ def find(directory: Path | None = None) -> Library | str:
         return _why_not_built(directory)
     try:
         loaded = ctypes.CDLL(str(path))
-        loaded.vlrt_simd.restype = ctypes.c_char_p
-        return Library(path, loaded.vlrt_simd().decode())
+        loaded.vlrt_simd.restype = loaded.vlrt_int8.restype = ctypes.c_char_p
+        return Library(path, loaded.vlrt_simd().decode(), loaded.vlrt_int8(b"auto").decode())
     except (OSError, AttributeError) as error:  # built for another system, or cut short
         return f"{path} does not load here ({error}); build it again: pip install --force-reinstall vlrt"
 
