@@ -63,7 +63,7 @@ def attach(model: ir.Model) -> None:
     called = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for variant in VARIANTS:
         if variant.name in called:
-            body: ir.Function = ir.from_proto(function(variant))
+            body = ir.serde.deserialize_function(function(variant))
             model.functions[body.identifier()] = body
             model.opset_imports[DOMAIN] = 1
             model.opset_imports[ENGINE] = 1
