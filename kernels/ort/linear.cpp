@@ -90,9 +90,13 @@ class Run {
     };
     std::vector<Task> tasks;
     for (int p = 0; p < (op_.gated ? 1 : op_.num_parts); ++p) {
-      const std::int64_t n = op_.parts[p].n;
-      const std::int64_t width = std::clamp<std::int64_t>(round_up(n / 8, kPanel), 256, 2048);
-      for (std::int64_t col = 0; col < n; col += width) tasks.push_back({p, col, std::min(width, n - col)});
+      // Few and wide: the longer the pieces of a row, the faster memory is; four cores or fewer use all that it gives.
+      const std::int64_t n = op_.parts[p].n, units = (n + kPanel - 1) / kPanel;
+      const std::int64_t count = std::max<std::int64_t>(n / 2048, std::clamp<std::int64_t>(n / 192, 1, 4));
+      for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t col = units * i / count * kPanel;
+        tasks.push_back({p, col, std::min(units * (i + 1) / count * kPanel, n) - col});
+      }
     }
     parallel_(tasks.size(), [&](std::size_t index) {
       const Task& task = tasks[index];
