@@ -36,7 +36,7 @@ Features look() {
 }
 #endif
 
-constexpr std::int64_t kFew = 12;  // rows up to which packing panels costs more than it saves
+constexpr std::int64_t kFew = 8;  // rows up to which packing panels costs more than it saves
 
 std::int64_t round_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -119,18 +119,21 @@ class Run {
   // Tasks are panels of columns against as many rows as the second-level cache holds.
   void many() {
     constexpr std::int64_t kCacheBytes = 1 << 20;
-    const std::int64_t chunk =
-        std::max<std::int64_t>(kCacheBytes / rows_.stride / kBlockRows, 1) * kBlockRows, chunks = (op_.m + chunk - 1) / chunk;
+    const std::int64_t chunk = std::max<std::int64_t>(kCacheBytes / rows_.stride / kBlockRows, 1) * kBlockRows;
+    const std::int64_t chunks = (op_.m + chunk - 1) / chunk;
     std::int64_t bound[kMaxParts + 1] = {0};
     const int num = op_.gated ? 1 : op_.num_parts;
     for (int p = 0; p < num; ++p) bound[p + 1] = bound[p] + (op_.parts[p].n + kPanel - 1) / kPanel;
-    const std::int64_t panels = bound[num];
-    parallel_(static_cast<std::size_t>(panels * chunks), [&](std::size_t task) {
-      const std::int64_t panel = static_cast<std::int64_t>(task) % panels;
-      const std::int64_t first = static_cast<std::int64_t>(task) / panels * chunk;
-      int p = 0;
-      while (panel >= bound[p + 1]) ++p;
-      panel_by_rows(p, (panel - bound[p]) * kPanel, first, std::min(first + chunk, op_.m));
+    // Two neighbours at a time where there are many: memory comes in pairs of cache lines.
+    const std::int64_t panels = bound[num], together = panels < 32 ? 1 : 2, groups = (panels + together - 1) / together;
+    parallel_(static_cast<std::size_t>(groups * chunks), [&](std::size_t task) {
+      const std::int64_t group = static_cast<std::int64_t>(task) % groups * together;
+      const std::int64_t first = static_cast<std::int64_t>(task) / groups * chunk;
+      for (std::int64_t panel = group; panel < std::min(group + together, panels); ++panel) {
+        int p = 0;
+        while (panel >= bound[p + 1]) ++p;
+        panel_by_rows(p, (panel - bound[p]) * kPanel, first, std::min(first + chunk, op_.m));
+      }
     });
   }
 
