@@ -108,7 +108,7 @@ def widths_of(variant: Variant, n: int) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
-@pytest.mark.parametrize(("k", "n"), [(1, 1), (63, 123), (64, 64), (777, 300)])
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (63, 123), (64, 64), (70, 4229), (777, 300)])
 def test_it_is_exact_in_integers(library, level, variant, k, n):
     """Catches a column or row that is lost, mixed up or read behind the end, codes that saturate, one scale for all."""
     made = session(library, variant, level)

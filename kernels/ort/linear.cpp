@@ -36,9 +36,9 @@ Features look() {
 }
 #endif
 
-constexpr std::int64_t kFew = 8;  // rows up to which packing panels costs more than it saves
+constexpr std::int64_t kFewestTasks = 16;  // that many rows are divided into, where columns allow
 
-std::int64_t round_up(std::int64_t value, std::int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+std::int64_t round_up(std::int64_t value, std::int64_t to) { return (value + to - 1) / to * to; }
 
 // Memory of the calling thread that grows and stays: a packed panel or sums, some hundred kilobytes.
 std::int8_t* thread_buffer(int which, std::size_t bytes) {
@@ -64,7 +64,7 @@ class Run {
 
   void operator()() {
     quantise();
-    if (op_.m <= kFew) {
+    if (op_.m <= kFewRows) {
       few();
     } else {
       many();
@@ -107,10 +107,8 @@ class Run {
       if (op_.gated) end.up_acc = acc + op_.m * ld;
       for (int p = 0; p < (op_.gated ? 2 : 1); ++p) {
         const LinearPart& part = op_.parts[task.part + p];
-        for (std::int64_t row = 0; row < op_.m; row += kFewRows)
-          level_.few(rows_.a + row * rows_.stride, rows_.stride, rows_.sum + row,
-                     static_cast<int>(std::min<std::int64_t>(kFewRows, op_.m - row)), op_.k, part.q + task.col, part.n,
-                     static_cast<int>(task.cols), acc + (p * op_.m + row) * ld, ld);
+        level_.few(rows_.a, rows_.stride, rows_.sum, static_cast<int>(op_.m), op_.k, part.q + task.col, part.n,
+                   static_cast<int>(task.cols), acc + p * op_.m * ld, ld);
       }
       level_.finish(end);
     });
@@ -121,39 +119,51 @@ class Run {
     constexpr std::int64_t kCacheBytes = 1 << 20;
     const std::int64_t chunk = std::max<std::int64_t>(kCacheBytes / rows_.stride / kBlockRows, 1) * kBlockRows;
     const std::int64_t chunks = (op_.m + chunk - 1) / chunk;
-    std::int64_t bound[kMaxParts + 1] = {0};
+    // Neighbouring panels are packed together where there are many: memory is faster in longer pieces of a row.
+    constexpr std::int64_t kPackedBytes = 1 << 19;
     const int num = op_.gated ? 1 : op_.num_parts;
-    for (int p = 0; p < num; ++p) bound[p + 1] = bound[p] + (op_.parts[p].n + kPanel - 1) / kPanel;
-    // Two neighbours at a time where there are many: memory comes in pairs of cache lines.
-    const std::int64_t panels = bound[num], together = panels < 32 ? 1 : 2, groups = (panels + together - 1) / together;
-    parallel_(static_cast<std::size_t>(groups * chunks), [&](std::size_t task) {
-      const std::int64_t group = static_cast<std::int64_t>(task) % groups * together;
-      const std::int64_t first = static_cast<std::int64_t>(task) / groups * chunk;
-      for (std::int64_t panel = group; panel < std::min(group + together, panels); ++panel) {
-        int p = 0;
-        while (panel >= bound[p + 1]) ++p;
-        panel_by_rows(p, (panel - bound[p]) * kPanel, first, std::min(first + chunk, op_.m));
-      }
+    const std::int64_t size = round_up(op_.k, 64) * kPanel, most = kPackedBytes / size / (op_.gated ? 2 : 1);
+    struct Group {
+      int part;
+      std::int64_t col, cols;
+    };
+    std::vector<Group> groups;
+    for (int p = 0; p < num; ++p) {
+      const std::int64_t n = op_.parts[p].n;
+      const std::int64_t width = std::clamp<std::int64_t>(std::min(most, n / kPanel / kFewestTasks), 1, 4) * kPanel;
+      for (std::int64_t col = 0; col < n; col += width) groups.push_back({p, col, std::min(width, n - col)});
+    }
+    parallel_(groups.size() * static_cast<std::size_t>(chunks), [&](std::size_t task) {
+      const Group& group = groups[task % groups.size()];
+      const std::int64_t first = static_cast<std::int64_t>(task / groups.size()) * chunk;
+      by_panels(group.part, group.col, group.cols, size, first, std::min(first + chunk, op_.m));
     });
   }
 
-  void panel_by_rows(int p, std::int64_t col, std::int64_t first, std::int64_t last) const {
-    alignas(64) std::int32_t acc[2][kBlockRows * kPanel];
-    const int cols = static_cast<int>(std::min<std::int64_t>(kPanel, op_.parts[p].n - col)), pair = op_.gated ? 2 : 1;
-    const std::int64_t size = round_up(op_.k, 64) * kPanel;
-    std::int8_t* packed = thread_buffer(1, static_cast<std::size_t>(pair * size));
+  // Columns of one part, or of a gated pair, against the rows first .. last.
+  void by_panels(int p, std::int64_t col, std::int64_t cols, std::int64_t size, std::int64_t first,
+                 std::int64_t last) const {
+    const int pair = op_.gated ? 2 : 1;
+    const std::int64_t panels = (cols + kPanel - 1) / kPanel;
+    std::int8_t* packed = thread_buffer(1, static_cast<std::size_t>(pair * panels * size));
     for (int i = 0; i < pair; ++i)
-      level_.pack(op_.parts[p + i].q + col, op_.parts[p + i].n, op_.k, cols, packed + i * size);
+      level_.pack(op_.parts[p + i].q + col, op_.parts[p + i].n, op_.k, static_cast<int>(cols),
+                  packed + i * panels * size, size);
     if (level_.begin != nullptr) level_.begin();
-    for (std::int64_t row = first; row < last; row += kBlockRows) {
-      const int count = static_cast<int>(std::min<std::int64_t>(kBlockRows, last - row));
-      for (int i = 0; i < pair; ++i)
-        level_.block(rows_.a + row * rows_.stride, rows_.stride, rows_.sum + row, count, op_.k, packed + i * size,
-                     acc[i]);
-      Epilogue end = epilogue(p, row, count, col, cols);
-      end.acc = acc[0], end.ld = kPanel;
-      if (op_.gated) end.up_acc = acc[1];
-      level_.finish(end);
+    for (std::int64_t panel = 0; panel < panels; ++panel) {
+      const std::int64_t at = col + panel * kPanel;
+      const int width = static_cast<int>(std::min<std::int64_t>(kPanel, col + cols - at));
+      for (std::int64_t row = first; row < last; row += kBlockRows) {
+        alignas(64) std::int32_t acc[2][kBlockRows * kPanel];
+        const int count = static_cast<int>(std::min<std::int64_t>(kBlockRows, last - row));
+        for (int i = 0; i < pair; ++i)
+          level_.block(rows_.a + row * rows_.stride, rows_.stride, rows_.sum + row, count, op_.k,
+                       packed + (i * panels + panel) * size, acc[i]);
+        Epilogue end = epilogue(p, row, count, at, width);
+        end.acc = acc[0], end.ld = kPanel;
+        if (op_.gated) end.up_acc = acc[1];
+        level_.finish(end);
+      }
     }
     if (level_.end != nullptr) level_.end();
   }

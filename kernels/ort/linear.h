@@ -11,9 +11,9 @@
 
 namespace vlrt {
 
-constexpr int kPanel = 64;      // columns that are packed at once
+constexpr int kPanel = 64;      // columns that are multiplied at once
 constexpr int kBlockRows = 32;  // rows that are multiplied with a panel at once
-constexpr int kFewRows = 4;     // rows that are multiplied at once with weights that are not packed
+constexpr int kFewRows = 4;     // up to so many run over weights that are not packed
 constexpr int kMaxParts = 3;
 
 // One weight matrix with its own output [M, n].
@@ -65,8 +65,9 @@ struct LinearLevel {
   // acc [m, ld] = a [m, k] q [k, cols], whose rows are n apart; m <= kFewRows.
   void (*few)(const std::int8_t* a, std::int64_t stride, const std::int32_t* sum, int m, std::int64_t k,
               const std::int8_t* q, std::int64_t n, int cols, std::int32_t* acc, std::int64_t ld);
-  // packed [steps of 4 k][kPanel][4] = q [k, cols], whose rows are n apart; zero elsewhere, up to a multiple of 64 k.
-  void (*pack)(const std::int8_t* q, std::int64_t n, std::int64_t k, int cols, std::int8_t* packed);
+  // Panels of packed, each [steps of 4 k][kPanel][4] and `size` bytes = q [k, cols], whose rows are n apart; zero
+  // elsewhere, up to a multiple of 64 k.
+  void (*pack)(const std::int8_t* q, std::int64_t n, std::int64_t k, int cols, std::int8_t* packed, std::int64_t size);
   // acc [rows, kPanel] = a [rows, k] packed; rows <= kBlockRows, of which all may be read.
   void (*block)(const std::int8_t* a, std::int64_t stride, const std::int32_t* sum, int rows, std::int64_t k,
                 const std::int8_t* packed, std::int32_t* acc);
