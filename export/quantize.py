@@ -1,8 +1,8 @@
 """Lowers `vlrt::Linear` placeholders to operators of a precision, and says how their weights are made.
 
-fp32: MatMul on the transposed weight. int8: per-channel symmetric weights, per-token activations: each row is divided
-by its own largest magnitude before DynamicQuantizeMatMul, which quantises per tensor, and multiplied back after. That
-makes its one scale serve every token, at its speed. Knows graphs and recipes for weights; no files.
+fp32: MatMul on the transposed weight. int8: the functions of int8_functions.py, with per-channel symmetric weights and
+per-token activations; they take in layers that share an input, the gate of an MLP, and what is added to an output.
+Knows graphs and recipes for weights; no files.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from vlrt.bundle import Precision
+from vlrt.export import int8_functions
 from vlrt.export.translate import DOMAIN
 
 Floats = NDArray[np.float32]
@@ -33,25 +34,13 @@ class Recipe:
 def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
     """Replace every `vlrt::Linear` of a model; return a recipe for each initializer that it then has."""
     graph = model.graph
-    normalised: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
     recipes: dict[str, Recipe] = {}
-    for node in [n for n in graph if (n.domain, n.op_type) == (DOMAIN, "Linear")]:
-        x, weight, bias = node.inputs[0], node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
-        assert x is not None
-        assert weight is not None
-        assert weight.name is not None
-        tape = _Tape(graph, node)
-        if precision == "fp32" and weight.name == HEAD:
-            out = tape("Gemm", [x, weight], {"transB": 1})
-        elif precision == "int8" and weight.name not in KEPT_FP32:
-            out = _lower_int8(tape, x, weight, normalised, recipes)
-        else:
-            matrix = _derived(graph, weight, ".t", ir.DataType.FLOAT, (1, 0))
-            recipes[str(matrix.name)] = Recipe(weight.name, ir.DataType.FLOAT, lambda w: _matrix(w).T)
-            out = tape("MatMul", [x, matrix])
-        if bias is not None:
-            out = tape("Add", [out, bias])
-        tape.replace(out)
+    linears = [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]
+    exact = [node for node in linears if precision == "fp32" or _input(node, 1).name in KEPT_FP32]
+    _lower_int8(graph, [node for node in linears if node not in exact], recipes)
+    for node in exact:
+        _lower_fp32(graph, node, recipes)
+    int8_functions.attach(model)
     _drop_unused(graph)
     for name in graph.initializers:
         recipes.setdefault(name, Recipe(name, ir.DataType.FLOAT, lambda w: w))
@@ -72,69 +61,131 @@ def _matrix(weight: Floats) -> Floats:
     return weight.reshape(len(weight), -1)
 
 
-def _lower_int8(
-    tape: "_Tape",
-    x: ir.Value,
-    weight: ir.Value,
-    normalised: dict[ir.Value, tuple[ir.Value, ir.Value]],
-    recipes: dict[str, Recipe],
-) -> ir.Value:
-    """Emit the int8 product; linear layers that share an input share its normalisation."""
+def _lower_fp32(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe]) -> None:
+    x, weight, bias = _input(node, 0), _input(node, 1), _bias(node)
     assert weight.name is not None
-    if x not in normalised:
-        last = tape.constant(np.array([-1], np.int64), "axis")
-        largest = tape("ReduceMax", [tape("Abs", [x]), last], {"keepdims": 1})
-        row_max = tape("Max", [largest, tape.constant(np.array(1e-20, np.float32), "tiny")])
-        normalised[x] = tape("Div", [x, row_max]), row_max
-    rows, row_max = normalised[x]
-    q = _derived(tape.graph, weight, ".q", ir.DataType.INT8, (1, 0))
-    scale = _derived(tape.graph, weight, ".scale", ir.DataType.FLOAT, (0,))
+    if weight.name == HEAD:
+        product = ir.Node("", "Gemm", [x, weight], [ir.AttrInt64("transB", 1)], num_outputs=1)
+    else:
+        matrix = _derived(graph, weight, ".t", ir.DataType.FLOAT, (1, 0))
+        recipes[str(matrix.name)] = Recipe(weight.name, ir.DataType.FLOAT, lambda w: _matrix(w).T)
+        product = ir.Node("", "MatMul", [x, matrix], num_outputs=1)
+    nodes = [product]
+    if bias is not None:
+        product.outputs[0].name = f"{node.outputs[0].name}.product"
+        nodes.append(ir.Node("", "Add", [product.outputs[0], bias], num_outputs=1))
+    _replace(graph, [node], node, nodes)
+
+
+def _lower_int8(graph: ir.Graph, linears: list[ir.Node], recipes: dict[str, Recipe]) -> None:
+    """Emit int8 products, several layers in one node where a function takes them."""
+    left = dict.fromkeys(linears)
+    for node in linears:
+        if node not in left:
+            continue
+        x = _input(node, 0)
+        same = [other for other in left if _input(other, 0) is x]
+        parts, last, ended, residual, variant = [node], node, [node], None, None
+        if gate := _gate(same, node):
+            parts, ended = gate
+            last = ended[-1]
+            variant = int8_functions.find(2, bias=_bias(node) is not None, gated=True)
+        elif len(same) == 3 and all(_bias(part) is not None for part in same):
+            parts = ended = same
+            variant = int8_functions.find(3, bias=True)
+        else:
+            if add := _residual(node):
+                last, residual = add
+                ended = [node, last]
+            variant = int8_functions.find(1, bias=_bias(node) is not None, residual=residual is not None)
+        assert variant is not None
+        inputs = [x]
+        for part in parts:
+            inputs += [*_weights(graph, _input(part, 1), recipes), *([] if (b := _bias(part)) is None else [b])]
+            del left[part]
+        if residual is not None:
+            inputs.append(residual)
+        _replace(graph, ended, last, [ir.Node(DOMAIN, variant.name, inputs, num_outputs=variant.num_outputs)])
+
+
+def _weights(graph: ir.Graph, weight: ir.Value, recipes: dict[str, Recipe]) -> tuple[ir.Value, ir.Value]:
+    """Return the int8 matrix and the scales that are made of a weight."""
+    assert weight.name is not None
+    q = _derived(graph, weight, ".q", ir.DataType.INT8, (1, 0))
+    scale = _derived(graph, weight, ".scale", ir.DataType.FLOAT, (0,))
     recipes[str(q.name)] = Recipe(weight.name, ir.DataType.INT8, lambda w: quantize_columns(w)[0])
     recipes[str(scale.name)] = Recipe(weight.name, ir.DataType.FLOAT, lambda w: quantize_columns(w)[1])
-    product = tape("DynamicQuantizeMatMul", [rows, q, scale], domain="com.microsoft")
-    return tape("Mul", [product, row_max])
+    return q, scale
 
 
-class _Tape:
-    """Emits nodes before one node of a graph, in whose place the last of them comes."""
+def _gate(same: list[ir.Node], node: ir.Node) -> tuple[list[ir.Node], list[ir.Node]] | None:
+    """Return gate and up projection of a SwiGLU whose gate is `node`, and the nodes to replace, the last one last."""
+    gate = node.outputs[0]
+    readers = _readers(gate)
+    if sorted(reader.op_type for reader in readers) != ["Mul", "Sigmoid"]:
+        return None
+    silu, sigmoid = sorted(readers, key=lambda reader: reader.op_type)
+    if set(silu.inputs) != {gate, sigmoid.outputs[0]} or len(_readers(sigmoid.outputs[0])) != 1:
+        return None
+    after = _readers(silu.outputs[0])
+    if len(after) != 1 or after[0].op_type != "Mul":
+        return None
+    product = after[0]
+    for up in same:
+        alike = (_bias(up) is None) == (_bias(node) is None)
+        if alike and up.outputs[0] in product.inputs and len(_readers(up.outputs[0])) == 1:
+            return [node, up], [node, up, sigmoid, silu, product]
+    return None
 
-    def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
-        self.graph, self._before, self._count = graph, before, 0
-        self._base = str(before.outputs[0].name)
 
-    def __call__(
-        self,
-        op_type: str,
-        inputs: list[ir.Value],
-        attributes: dict[str, int] | None = None,
-        domain: str = "",
-    ) -> ir.Value:
-        attrs = [ir.AttrInt64(name, value) for name, value in (attributes or {}).items()]
-        return self._insert(ir.Node(domain, op_type, inputs, attrs, num_outputs=1), op_type)
+def _residual(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """Return the Add that is all that reads a layer's output, and the activation of the same shape that it adds."""
+    out = node.outputs[0]
+    readers = _readers(out)
+    if len(readers) != 1 or readers[0].op_type != "Add":
+        return None
+    others = [value for value in readers[0].inputs if value is not None and value is not out]
+    if len(others) != 1 or others[0].is_initializer() or not _alike(others[0].shape, out.shape):
+        return None
+    return readers[0], others[0]
 
-    def constant(self, value: NDArray[np.generic], name: str) -> ir.Value:
-        """Emit a Constant node."""
-        return self._insert(
-            ir.Node("", "Constant", [], [ir.AttrTensor("value", ir.tensor(value))], num_outputs=1), name
-        )
 
-    def replace(self, out: ir.Value) -> None:
-        """Put `out` wherever the replaced node's output was used, graph outputs included, and remove the node."""
-        old = self._before.outputs[0]
-        name, shape, kind = old.name, old.shape, old.type
-        for i, value in enumerate(self.graph.outputs):
-            if value is old:
-                self.graph.outputs[i] = out
-                out.shape, out.type = shape, kind
-        ir.convenience.replace_all_uses_with(old, out)
-        self.graph.remove(self._before, safe=True)
+def _alike(a: ir.Shape | None, b: ir.Shape | None) -> bool:
+    """Return whether shapes have one rank and equal numbers; free dimensions go by other names at a graph's inputs."""
+    if a is None or b is None or len(a) != len(b):
+        return False
+    return all(x == y if isinstance(x, int) else not isinstance(y, int) for x, y in zip(a, b, strict=True))
+
+
+def _readers(value: ir.Value) -> list[ir.Node]:
+    """Return the nodes that read a value; none where it leaves the graph, so that no pattern takes it away."""
+    return [] if value.is_graph_output() else list(dict.fromkeys(use.node for use in value.uses()))
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def _bias(node: ir.Node) -> ir.Value | None:
+    return node.inputs[2] if len(node.inputs) > 2 else None
+
+
+def _replace(graph: ir.Graph, old: list[ir.Node], last: ir.Node, new: list[ir.Node]) -> None:
+    """Put new nodes where `last` was; their last one's outputs take the place of those of `old` that are read."""
+    outs = [node.outputs[0] for node in old] if len(new[-1].outputs) > 1 else [last.outputs[0]]
+    names = [value.name for value in outs]
+    graph.insert_before(last, new)
+    for value, out in zip(outs, new[-1].outputs, strict=True):
+        for i, leaving in enumerate(graph.outputs):
+            if leaving is value:
+                graph.outputs[i] = out
+        out.shape, out.type = value.shape, value.type
+        ir.convenience.replace_all_uses_with(value, out)
+    graph.remove(old, safe=True)
+    for name, out in zip(names, new[-1].outputs, strict=True):
         out.name = name
-
-    def _insert(self, node: ir.Node, label: str) -> ir.Value:
-        self._count += 1
-        node.outputs[0].name = f"{self._base}.{label}.{self._count}"
-        self.graph.insert_before(self._before, node)
-        return node.outputs[0]
 
 
 def _derived(graph: ir.Graph, weight: ir.Value, suffix: str, dtype: ir.DataType, axes: tuple[int, ...]) -> ir.Value:

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests import native
 from vlrt import fresh
+from vlrt.backends import ort_library
 from vlrt.checkpoint import Checkpoint
 
 
@@ -23,6 +25,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long = [item for item in items if "soak" in item.keywords]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if "soak" not in item.keywords]
+
+
+@pytest.fixture(scope="session")
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ort_library.Library:
+    """libvlrt_ort: the installed one, or one that is built for these tests."""
+    found = ort_library.find()
+    if isinstance(found, str):
+        found = native.build(tmp_path_factory.mktemp("library"))
+    if isinstance(found, str):
+        if request.config.getoption("--require-ort-library"):
+            pytest.fail(found)
+        pytest.skip(f"libvlrt_ort cannot be built here: {found}")
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -82,19 +97,3 @@ def make_bundle(
         return exported[key]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The installed libvlrt_ort, or one that is built for these tests."""
-    from tests.ort_ops import build  # engines, which most tests need not load
-    from vlrt.backends import ort_library
-
-    found = ort_library.find()
-    if isinstance(found, str):
-        found = build(tmp_path_factory.mktemp("library"))
-    if isinstance(found, str):
-        if request.config.getoption("--require-ort-library"):
-            pytest.fail(found)
-        pytest.skip(f"libvlrt_ort cannot be built here: {found}")
-    return found

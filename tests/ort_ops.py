@@ -1,30 +1,17 @@
 """What the tests of libvlrt_ort share: the library is built, an op becomes a graph, a graph is run."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
+from tests.native import ROOT, build
 from vlrt.backends import ort_library
 
-ROOT = Path(__file__).parent.parent
+__all__ = ["ROOT", "build", "doubled", "run", "session", "video_inputs"]
 VIDEO = ({"q": 4, "k": 4, "v": 4, "cos": 2, "sin": 2, "k_cache": 4, "v_cache": 4, "past_length": 0}, ("out", "k", "v"))
 SEGMENT = ({"q": 3, "k": 3, "v": 3, "cos": 2, "sin": 2, "cu_seqlens": 1}, ("out",))
-
-
-def build(directory: Path) -> ort_library.Library | str:
-    """Build the library into a directory; return it, or why that cannot be done here."""
-    if not (ROOT / "setup.py").exists():
-        return "these tests run beside an installed wheel that lacks it"
-    spec = importlib.util.spec_from_file_location("vlrt_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.build_library(directory) or ort_library.find(directory)
 
 
 def session(library: ort_library.Library, op: str, simd: str = "auto", threads: int = 2) -> Any:

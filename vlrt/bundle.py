@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,6 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 SEAL = "sha256"  # the key of a manifest's own hash
 MAX_MANIFEST_BYTES = 16 * 1024**2
-_BLOCK_BYTES = 4 * 1024**2
 
 Precision = Literal["fp32", "int8", "bf16", "fp16", "fp8"]
 BackendName = Literal["ort", "torch"]
@@ -157,6 +157,20 @@ class Bundle:
         Raises:
             BundleError: the file is not of this bundle, or is damaged.
         """
+        self.verify([name])
+        return self.path / name
+
+    def verify(self, names: Iterable[str], threads: int = 1) -> None:
+        """Hold the contents of files against the hashes of the manifest, several at once.
+
+        Raises:
+            BundleError: a file is not of this bundle, or is damaged: the first one in the order of the names.
+        """
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(self._verify, names):
+                pass
+
+    def _verify(self, name: str) -> None:
         record = self.manifest.files.get(name)
         if record is None:
             raise BundleError(f"{self.path} has no file {name!r} in its manifest; export it again")
@@ -170,17 +184,22 @@ class Bundle:
                 f"{self.path / name} is damaged: its sha256 is {found[:16]}..., the manifest says "
                 f"{record.sha256[:16]}...; copy or export the bundle again"
             )
-        return self.path / name
 
-    def table(self, table: Table) -> NDArray[Any]:
-        """Memory-map a table, [rows, columns] in its stored dtype (bfloat16 as uint16); `widen` makes rows float32."""
+    def table(self, table: Table, *, verified: bool = False) -> NDArray[Any]:
+        """Memory-map a table, [rows, columns] in its stored dtype (bfloat16 as uint16); `widen` makes rows float32.
+
+        Args:
+            table: of the manifest.
+            verified: whether the caller had `verify` look at its file.
+        """
         stored = _STORED[table.dtype]
         if self.manifest.files[table.file].num_bytes != table.rows * table.columns * stored.itemsize:
             raise BundleError(
                 f"{self.path / table.file} does not hold {table.rows} x {table.columns} values of {table.dtype}; "
                 "export the bundle again"
             )
-        return np.memmap(self.file(table.file), stored, mode="r", shape=(table.rows, table.columns))
+        path = self.path / table.file if verified else self.file(table.file)
+        return np.memmap(path, stored, mode="r", shape=(table.rows, table.columns))
 
     def watched(self) -> Watched:
         """Watch the files for changes.
@@ -220,11 +239,8 @@ def widen(rows: NDArray[Any]) -> NDArray[np.float32]:
 
 def sha256(path: Path) -> str:
     """Return the sha256 of a file as hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

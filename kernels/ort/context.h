@@ -20,6 +20,17 @@ inline void check(OrtStatus* status) {
   throw std::runtime_error(message);
 }
 
+inline std::string text(const std::vector<std::int64_t>& shape) {
+  std::string words = "[";
+  for (std::size_t i = 0; i < shape.size(); ++i) words += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return words + "]";
+}
+
+inline void require(const char* name, const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& wanted) {
+  if (shape != wanted)
+    throw std::runtime_error(std::string(name) + " is " + text(shape) + ", expected " + text(wanted));
+}
+
 // What an op may ask of the run that it is part of.
 class Context {
  public:

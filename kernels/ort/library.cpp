@@ -1,17 +1,22 @@
-// libvlrt_ort: the attention ops of the domain `vlrt` as custom ops of ONNX Runtime's CPU provider, by its C API.
+// libvlrt_ort: attention and int8 linear layers of the domain `vlrt` as custom ops of ONNX Runtime's CPU provider, by
+// its C API.
 //
-// ONNX Runtime finds `RegisterCustomOps`. The session config entry `vlrt.simd` picks a level: "auto", the default, is
-// the best one that computes in fp32 throughout, "auto-bf16" may be one with products in bf16. No exception leaves this
-// file; what is wrong with an input is said in an OrtStatus.
+// ONNX Runtime finds `RegisterCustomOps`. Session config entries pick levels. `vlrt.simd`, of attention: "auto", the
+// default, is the best one that computes in fp32 throughout, "auto-bf16" may be one with products in bf16. `vlrt.int8`,
+// of int8 linear layers: "auto", the default; where there is none, or it is "none", ONNX Runtime takes the bodies. No
+// exception leaves this file; what is wrong with an input is said in an OrtStatus.
 
 #include <atomic>
 #include <exception>
+#include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
 #include "context.h"
+#include "linear_ops.h"
 
 namespace vlrt {
 
@@ -42,20 +47,21 @@ OrtStatus* guarded(Body body) noexcept {
   }
 }
 
-// An op at one level. ONNX Runtime keeps the pointer and calls through the fields of the base.
+// ONNX Runtime keeps the pointer and calls through the fields of the base.
 struct Op : OrtCustomOp {
-  using Run = void (*)(const vlrt::Level&, OrtKernelContext*);
+  using Run = std::function<void(OrtKernelContext*)>;
 
   const char* name;
-  const vlrt::Level* level;
-  Run run;
   std::vector<ONNXTensorElementDataType> inputs;
   std::size_t num_outputs;
+  Run run;
 
-  Op(const char* op_name, const vlrt::Level* op_level, Run op_run, std::size_t num_floats, std::size_t op_num_outputs)
-      : OrtCustomOp{}, name(op_name), level(op_level), run(op_run), num_outputs(op_num_outputs) {
-    inputs.assign(num_floats, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-    inputs.push_back(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
+  Op(const char* op_name, std::vector<ONNXTensorElementDataType> op_inputs, std::size_t op_num_outputs, Run op_run)
+      : OrtCustomOp{},
+        name(op_name),
+        inputs(std::move(op_inputs)),
+        num_outputs(op_num_outputs),
+        run(std::move(op_run)) {
     version = kApiVersion;
     GetName = [](const OrtCustomOp* op) { return self(op).name; };
     GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
@@ -76,45 +82,70 @@ struct Op : OrtCustomOp {
     KernelDestroy = [](void*) {};
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatus* {
       const Op& op = self(static_cast<const OrtCustomOp*>(kernel));
-      return guarded([&] { op.run(*op.level, context); });
+      return guarded([&] { op.run(context); });
     };
   }
 
   static const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
 };
 
-// The ops of one level.
+constexpr ONNXTensorElementDataType kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+
+std::vector<ONNXTensorElementDataType> attention_inputs(std::size_t num_floats) {
+  std::vector<ONNXTensorElementDataType> inputs(num_floats, kFloat);
+  inputs.push_back(ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
+  return inputs;
+}
+
+std::vector<ONNXTensorElementDataType> linear_inputs(const vlrt::LinearVariant& variant) {
+  std::vector<ONNXTensorElementDataType> inputs;
+  for (std::size_t i = 0; i < variant.num_inputs(); ++i)
+    inputs.push_back(variant.is_weight(i) ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : kFloat);
+  return inputs;
+}
+
+// The ops of one level of each kind.
 struct Domain {
-  explicit Domain(const vlrt::Level* level)
-      : video_attention("VideoAttention", level, vlrt::run_video_attention, 7, 3),
-        segment_attention("SegmentAttention", level, vlrt::run_segment_attention, 5, 1) {
+  Domain(const vlrt::Level* level, const vlrt::LinearLevel* int8) {
     check(api->CreateCustomOpDomain("vlrt", &domain));
-    check(api->CustomOpDomain_Add(domain, &video_attention));
-    check(api->CustomOpDomain_Add(domain, &segment_attention));
+    add("VideoAttention", attention_inputs(7), 3,
+        [level](OrtKernelContext* context) { vlrt::run_video_attention(*level, context); });
+    add("SegmentAttention", attention_inputs(5), 1,
+        [level](OrtKernelContext* context) { vlrt::run_segment_attention(*level, context); });
+    if (int8 == nullptr) return;
+    for (const vlrt::LinearVariant& variant : vlrt::kLinearVariants)
+      add(variant.name, linear_inputs(variant), variant.num_outputs(),
+          [&variant, int8](OrtKernelContext* context) { vlrt::run_linear(variant, *int8, context); });
   }
 
-  Op video_attention, segment_attention;
+  void add(const char* name, std::vector<ONNXTensorElementDataType> inputs, std::size_t num_outputs, Op::Run run) {
+    ops.push_back(std::make_unique<Op>(name, std::move(inputs), num_outputs, std::move(run)));
+    check(api->CustomOpDomain_Add(domain, ops.back().get()));
+  }
+
+  std::vector<std::unique_ptr<Op>> ops;
   OrtCustomOpDomain* domain = nullptr;
 };
 
-// Sessions refer to a domain for as long as they live, so there is one per level, and it is never freed.
-OrtCustomOpDomain* domain_of(const vlrt::Level* level) {
+// Sessions refer to a domain for as long as they live, so there is one per pair of levels, and it is never freed.
+OrtCustomOpDomain* domain_of(const vlrt::Level* level, const vlrt::LinearLevel* int8) {
   static std::mutex mutex;
-  static std::map<const vlrt::Level*, Domain*> made;
+  static std::map<std::pair<const vlrt::Level*, const vlrt::LinearLevel*>, Domain*> made;
   const std::lock_guard<std::mutex> lock(mutex);
-  Domain*& found = made[level];
-  if (found == nullptr) found = new Domain(level);
+  Domain*& found = made[{level, int8}];
+  if (found == nullptr) found = new Domain(level, int8);
   return found->domain;
 }
 
-std::string chosen_level(const OrtSessionOptions* options) {
+// Returns the value of a session config entry; "auto" where there is none.
+std::string chosen(const OrtSessionOptions* options, const char* entry) {
   int given = 0;
-  check(api->HasSessionConfigEntry(options, "vlrt.simd", &given));
+  check(api->HasSessionConfigEntry(options, entry, &given));
   if (given == 0) return "auto";
   std::size_t size = 0;
-  check(api->GetSessionConfigEntry(options, "vlrt.simd", nullptr, &size));
+  check(api->GetSessionConfigEntry(options, entry, nullptr, &size));
   std::string name(size, '\0');
-  check(api->GetSessionConfigEntry(options, "vlrt.simd", name.data(), &size));
+  check(api->GetSessionConfigEntry(options, entry, name.data(), &size));
   return name.c_str();  // without the terminating zero
 }
 
@@ -126,10 +157,13 @@ VLRT_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtAp
   api = base->GetApi(kApiVersion);
   if (api == nullptr) return base->GetApi(1)->CreateStatus(ORT_FAIL, "libvlrt_ort needs ONNX Runtime 1.17 or newer");
   return guarded([&] {
-    const std::string name = chosen_level(options);
+    const std::string name = chosen(options, "vlrt.simd"), int8_name = chosen(options, "vlrt.int8");
     const vlrt::Level* level = vlrt::find_level(name.c_str());
     if (level == nullptr) throw std::runtime_error("vlrt.simd is '" + name + "', which this processor does not have");
-    check(api->AddCustomOpDomain(options, domain_of(level)));
+    const vlrt::LinearLevel* int8 = vlrt::find_linear_level(int8_name.c_str());
+    if (int8 == nullptr && int8_name != "auto" && int8_name != "none")
+      throw std::runtime_error("vlrt.int8 is '" + int8_name + "', which this processor does not have");
+    check(api->AddCustomOpDomain(options, domain_of(level, int8)));
   });
 }
 
@@ -137,6 +171,12 @@ VLRT_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtAp
 VLRT_EXPORT const char* vlrt_level(const char* level) {
   const vlrt::Level* found = vlrt::find_level(level);
   return found == nullptr ? nullptr : found->name;
+}
+
+// Returns the level that "auto" means for int8 on this processor, or "none"; of one that is named: it, or "none".
+VLRT_EXPORT const char* vlrt_int8(const char* name) {
+  const vlrt::LinearLevel* found = vlrt::find_linear_level(name);
+  return found == nullptr ? "none" : found->name;
 }
 
 // Returns how many kernels sessions have made so far: whether they take them, or the bodies of the functions.

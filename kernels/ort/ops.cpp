@@ -5,17 +5,6 @@
 namespace vlrt {
 namespace {
 
-std::string text(const std::vector<std::int64_t>& shape) {
-  std::string words = "[";
-  for (std::size_t i = 0; i < shape.size(); ++i) words += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  return words + "]";
-}
-
-void require(const char* name, const std::vector<std::int64_t>& shape, const std::vector<std::int64_t>& wanted) {
-  if (shape != wanted)
-    throw std::runtime_error(std::string(name) + " is " + text(shape) + ", expected " + text(wanted));
-}
-
 void require_head_dim(std::int64_t dim) {
   if (dim % 2 != 0 || dim < 2 || dim > kMaxHeadDim)
     throw std::runtime_error("head dim is " + std::to_string(dim) + "; accepted: even, 2 to " +

@@ -43,7 +43,7 @@ class OrtBackend:
     """See `base.Backend`. Arrays are NumPy float32.
 
     Args:
-        bundle: an opened bundle; every file that is loaded is verified first.
+        bundle: an opened bundle; every file of it is verified first.
         threads: threads of one graph run; None: one per core that this process may use.
         library: whether to take kernels of `libvlrt_ort` where it is there; else the bodies that the bundle holds.
 
@@ -66,8 +66,11 @@ class OrtBackend:
         self.threads = threads or num_usable_cores()
         manifest = bundle.manifest
         self._int8 = bundle.precision == "int8"
-        self._embed = bundle.table(manifest.embed)
-        self._head = self._embed if manifest.head is None else bundle.table(manifest.head)
+        graphs = {f"{name}.onnx" for name in manifest.graphs} - set(manifest.files)  # which it refuses
+        largest_first = sorted(manifest.files, key=lambda name: -manifest.files[name].num_bytes)
+        bundle.verify([*graphs, *largest_first], self.threads)
+        self._embed = bundle.table(manifest.embed, verified=True)
+        self._head = self._embed if manifest.head is None else bundle.table(manifest.head, verified=True)
         self._queries = self._read(bundle, manifest.queries)
         windowed = self.model.vision.window_size > 0
         self._vision = self._load(bundle, names.vision(windowed=windowed))
@@ -218,15 +221,13 @@ class OrtBackend:
         del self._vision, self._decoder, self._lm_head, self._latent, self._latent_memory, self._embed, self._head
 
     def _load(self, bundle: Bundle, graph: names.Graph) -> ort.InferenceSession:
-        """Verify the files of a graph, load it, and hold its inputs and outputs against the contract."""
+        """Load a graph, and hold its inputs and outputs against the contract."""
         if bundle.manifest.graphs.get(graph.name) != graph:
             raise BundleError(
                 f"{bundle.path} lacks graph {graph.name!r}, or it has other inputs or outputs than this version of "
                 "vlrt knows; export it again"
             )
-        path = bundle.file(f"{graph.name}.onnx")
-        for name in _weight_files(bundle, graph.name):
-            bundle.file(name)
+        path = bundle.path / f"{graph.name}.onnx"
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.enable_mem_pattern = False  # else the second pass of a shape takes its memory once more, and keeps it
@@ -255,7 +256,7 @@ class OrtBackend:
 
     @staticmethod
     def _read(bundle: Bundle, table: Table | None) -> Floats | None:
-        return None if table is None else widen(bundle.table(table))
+        return None if table is None else widen(bundle.table(table, verified=True))
 
 
 def _freeing() -> ort.RunOptions:
@@ -288,10 +289,6 @@ def _usable_library(model: config.Model) -> ort_library.Library | str:
     if head_dim > ort_library.MAX_HEAD_DIM:
         return f"libvlrt_ort takes head dims up to {ort_library.MAX_HEAD_DIM}, this model has {head_dim}"
     return ort_library.find()
-
-
-def _weight_files(bundle: Bundle, graph: str) -> list[str]:
-    return [name for name in bundle.manifest.files if name == f"{graph}.bin"]
 
 
 def _check_contract(path: Path, session: ort.InferenceSession, graph: names.Graph, fixed: dict[str, int]) -> None:

@@ -13,15 +13,23 @@ DIRECTORY = Path(__file__).parent.parent / "kernels" / "ort"
 SIMD = "vlrt.simd"  # session config entry: a level that the processor has, AUTO or AUTO_BF16
 AUTO = "auto"  # the best level that computes in fp32 throughout
 AUTO_BF16 = "auto-bf16"  # the best level: products of many queries may be in bf16, sums and softmax are in fp32
+INT8 = "vlrt.int8"  # likewise, of the int8 linear layers: a level, AUTO, or "none": the bodies
 MAX_HEAD_DIM = 256  # tile.h: kMaxHeadDim
 
 
 @dataclass(frozen=True)
 class Library:
-    """A library that loads here, and the SIMD levels that AUTO and AUTO_BF16 mean on this processor."""
+    """A library that loads here, and what it takes on this processor.
+
+    Attributes:
+        path: of its file.
+        levels: of attention, that AUTO and AUTO_BF16 mean.
+        int8: level of int8 linear layers; "none" where the processor has no VNNI, and the bodies run.
+    """
 
     path: Path
     levels: dict[str, str]
+    int8: str
 
 
 def find(directory: Path | None = None) -> Library | str:
@@ -32,8 +40,9 @@ def find(directory: Path | None = None) -> Library | str:
         return _why_not_built(directory)
     try:
         loaded = ctypes.CDLL(str(path))
-        loaded.vlrt_level.restype = ctypes.c_char_p
-        return Library(path, {name: loaded.vlrt_level(name.encode()).decode() for name in (AUTO, AUTO_BF16)})
+        loaded.vlrt_level.restype = loaded.vlrt_int8.restype = ctypes.c_char_p
+        levels = {name: loaded.vlrt_level(name.encode()).decode() for name in (AUTO, AUTO_BF16)}
+        return Library(path, levels, loaded.vlrt_int8(AUTO.encode()).decode())
     except (OSError, AttributeError) as error:  # built for another system, or cut short
         return f"{path} does not load here ({error}); build it again: pip install --force-reinstall vlrt"
 

@@ -29,7 +29,7 @@ class SegmentAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Map x [N, hidden_size] to [N, hidden_size]; cos and sin [N, D/2]; cu_seqlens [segments + 1] int32."""
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         out: Tensor = self.proj(ops.segment_attention(q, k, v, cos, sin, cu_seqlens).flatten(-2))
         return out
 

@@ -1,0 +1,225 @@
+"""libvlrt_ort: int8 linear layers against exact integer sums, at every level that this processor has, and the bodies.
+
+On processors without VNNI there is no level: bundles run the bodies there, and the tests of levels are skipped.
+"""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from tests.bundles import QUICK
+from tests.closeness import assert_close
+from vlrt.backends import ort_library
+from vlrt.backends.ort import OrtBackend
+from vlrt.bundle import Bundle
+from vlrt.export import int8_functions
+from vlrt.export.int8_functions import VARIANTS, Variant
+
+LEVELS = ("amx_int8", "avx512_vnni", "avx_vnni")
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, library) -> str:
+    """Each level that this processor has."""
+    if not has(library, request.param):
+        pytest.skip(f"this processor has no level {request.param}")
+    return request.param
+
+
+def has(library: ort_library.Library, level: str) -> bool:
+    find = ctypes.CDLL(str(library.path)).vlrt_int8
+    find.restype = ctypes.c_char_p
+    return find(level.encode()) != b"none"
+
+
+def session(library: ort_library.Library | None, variant: Variant, level: str = "auto", threads: int = 2) -> Any:
+    """A graph of one op, with sizes free; without a library it is the body of the function."""
+    function = int8_functions.function(variant)
+    kinds = {name: TensorProto.INT8 if name.startswith("q_") else TensorProto.FLOAT for name in function.input}
+    ranks = {name: {"x": 2, "residual": 2}.get(name, 2 if name.startswith("q_") else 1) for name in function.input}
+    inputs = [helper.make_tensor_value_info(n, kinds[n], [f"{n}{i}" for i in range(r)]) for n, r in ranks.items()]
+    outputs = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(variant.num_outputs)]
+    node = helper.make_node(variant.name, list(ranks), [o.name for o in outputs], domain="vlrt")
+    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 18), ("vlrt", 1), ("com.microsoft", 1))]
+    graph = helper.make_graph([node], "linear", inputs, outputs)
+    functions = [] if library is not None else [function]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if library is not None:
+        options.add_session_config_entry(ort_library.INT8, level)
+        options.register_custom_ops_library(str(library.path))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def make_inputs(variant: Variant, m: int, k: int, widths: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Random inputs of a variant: rows of very different loudness, one of zeros."""
+    rng = np.random.default_rng(m + k)
+    x = rng.standard_normal((m, k)) * 10.0 ** rng.uniform(-3, 3, (m, 1))
+    x[m // 2] = 0 if m > 1 else x[m // 2]
+    given = {"x": x}
+    for i, n in enumerate(widths):
+        given[f"q_{i}"] = rng.integers(-127, 128, (k, n), dtype=np.int8)
+        given[f"scale_{i}"] = rng.uniform(1e-4, 1e-2, n)
+        if variant.bias:
+            given[f"bias_{i}"] = rng.standard_normal(n)
+    if variant.residual:
+        given["residual"] = rng.standard_normal((m, widths[0]))
+    return {name: a if a.dtype == np.int8 else a.astype(np.float32) for name, a in given.items()}
+
+
+def quantised(given: dict[str, np.ndarray]) -> np.ndarray:
+    """What the op makes of x, in fp64; the codes are those of float32."""
+    peak = np.maximum(np.abs(given["x"]).max(axis=1, keepdims=True), np.float32(1e-20))
+    return np.rint(given["x"] * (np.float32(127) / peak)).astype(np.float64) * (peak.astype(np.float64) / 127)
+
+
+def exact(variant: Variant, given: dict[str, np.ndarray], x: np.ndarray) -> list[np.ndarray]:
+    """The op in fp64 on an x that is used as it is."""
+    outs = []
+    for i in range(variant.num_parts):
+        out = x @ given[f"q_{i}"].astype(np.float64) * given[f"scale_{i}"]
+        outs.append(out + given[f"bias_{i}"] if variant.bias else out)
+    if variant.gated:
+        with np.errstate(over="ignore"):
+            outs = [outs[0] / (1 + np.exp(-outs[0])) * outs[1]]
+    return [outs[0] + given["residual"]] if variant.residual else outs
+
+
+def largest_terms(variant: Variant, given: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """The largest number [m] that each row of the outputs is a sum of: what its rounding errors go by."""
+    sizes = {name: np.abs(a.astype(np.float64)) for name, a in given.items()}
+    parts = []
+    for i in range(variant.num_parts):
+        part = np.abs(x @ given[f"q_{i}"].astype(np.float64) * given[f"scale_{i}"]).max(axis=1)
+        parts.append(part + (sizes[f"bias_{i}"].max() if variant.bias else 0))
+    size = parts[0] * parts[1] if variant.gated else np.max(parts, axis=0)
+    return size + (sizes["residual"].max(axis=1) if variant.residual else 0)
+
+
+def widths_of(variant: Variant, n: int) -> tuple[int, ...]:
+    return (n,) * variant.num_parts if variant.gated else (n, 2 * n + 1, 1)[: variant.num_parts]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (63, 123), (64, 64), (70, 4229), (777, 300)])
+def test_it_is_exact_in_integers(library, level, variant, k, n):
+    """Catches a column or row that is lost, mixed up or read behind the end, codes that saturate, one scale for all."""
+    made = session(library, variant, level)
+    for m in (1, 3, 4, 7, 16, 33, 123):
+        given = make_inputs(variant, m, k, widths_of(variant, n))
+        x = quantised(given)
+        sizes = largest_terms(variant, given, x)
+        for out, want in zip(made.run(None, given), exact(variant, given, x), strict=True):
+            for row, wanted, size in zip(out, want, sizes, strict=True):
+                assert_close(np.append(row, np.float32(size)), np.append(wanted, size))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("m", [1, 40])
+def test_it_is_as_near_as_the_body(library, level, variant, m):
+    """Catches an op and a body that are not the same function."""
+    given = make_inputs(variant, m, 256, widths_of(variant, 96))
+    given["x"] = np.random.default_rng(0).standard_normal(given["x"].shape).astype(np.float32)
+    wanted = exact(variant, given, given["x"].astype(np.float64))
+    body, ours, want = (
+        np.concatenate(outs, axis=1)
+        for outs in (*(session(lib, variant, level).run(None, given) for lib in (None, library)), wanted)
+    )
+    assert np.linalg.norm(ours - want) <= 1.3 * np.linalg.norm(body - want) <= 0.05 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_stays_so(library, level, m, bad):
+    """Catches a NaN that the search for the largest magnitude swallows, after which the answer looks well."""
+    variant = VARIANTS[0]
+    given = make_inputs(variant, m, 100, (70,))
+    given["x"][0, 3] = bad
+    (out,) = session(library, variant, level).run(None, given)
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1:]).all()
+
+
+def test_gates_that_are_far_out(library, level):
+    """Catches an exponential that overflows where a gate is large on either side."""
+    variant = int8_functions.find(2, bias=True, gated=True)
+    given = make_inputs(variant, 20, 8, (40, 40))
+    given["bias_0"] = np.linspace(-300, 300, 40, dtype=np.float32)
+    given["x"] *= 1e-6
+    (out,) = session(library, variant, level).run(None, given)
+    np.testing.assert_allclose(out, exact(variant, given, quantised(given))[0], rtol=1e-5, atol=1e-30)
+
+
+def test_threads_and_levels_change_nothing(library):
+    """Catches a task that writes what another one reads, and sums that saturate at one level."""
+    if not (found := [level for level in LEVELS if has(library, level)]):
+        pytest.skip("this processor has no level")
+    variant = VARIANTS[1]
+    given = make_inputs(variant, 70, 640, (999,))
+    outs = [session(library, variant, level, n).run(None, given)[0] for level in found for n in (1, 4)]
+    assert all(np.array_equal(outs[0], out) for out in outs[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"q_0": np.zeros((5, 3), np.int8)}, r"a weight is \[5, 3\] where x is \[2, 4\]"),
+        ({"scale_0": np.zeros(2, np.float32)}, r"scale is \[2\], expected \[3\]"),
+        ({"bias_0": np.zeros(4, np.float32)}, r"bias is \[4\], expected \[3\]"),
+        ({"residual": np.zeros((1, 3), np.float32)}, r"residual is \[1, 3\], expected \[2, 3\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_in_words(library, level, change, words):
+    """Catches a read behind the end of an array."""
+    variant = int8_functions.find(1, bias=True, residual=True)
+    given = make_inputs(variant, 2, 4, (3,)) | change
+    with pytest.raises(Exception, match=words):
+        session(library, variant, level).run(None, given)
+
+
+def test_a_level_that_is_not_there_is_refused(library):
+    """Catches another level in its place, without a word."""
+    with pytest.raises(Exception, match=r"vlrt\.int8 is 'mmx', which this processor does not have"):
+        session(library, VARIANTS[0], "mmx")
+
+
+def test_layers_of_a_bundle_are_grouped(make_bundle):
+    """Catches patterns that an exporter's other order of nodes leaves unmatched: more passes over memory."""
+    bundle = Bundle.open(make_bundle("int8", overrides=QUICK))
+    cfg = bundle.model
+    called = {}
+    for graph in ("vision", "decoder", "lm_head"):
+        model = onnx.load(bundle.path / f"{graph}.onnx", load_external_data=False)
+        names = [node.op_type for node in model.graph.node if node.op_type.startswith("Quantized")]
+        called[graph] = {name: names.count(name) for name in names}
+        assert set(called[graph]) <= {function.name for function in model.functions}
+    layers, depth = cfg.decoder.num_layers, cfg.vision.depth
+    assert called["lm_head"] == {"QuantizedLinear": 1}
+    assert called["decoder"] == {
+        "QuantizedProjections": layers,
+        "QuantizedLinearAdd": 2 * layers,
+        "QuantizedSwiGLU": layers,
+    }
+    assert called["vision"] == {
+        "QuantizedLinearBias": depth + 2,
+        "QuantizedLinearBiasAdd": 2 * depth,
+        "QuantizedSwiGLUBias": depth,
+    }
+
+
+def test_a_bundle_takes_them(library, make_bundle, monkeypatch):
+    """Catches a runtime that runs the bodies although the library has kernels, without a word."""
+    monkeypatch.setattr(ort_library, "DIRECTORY", library.path.parent)
+    bundle = Bundle.open(make_bundle("int8", overrides=QUICK))
+    before = ort_library.num_kernels(library)
+    OrtBackend(bundle, 1)
+    made = ort_library.num_kernels(library) - before
+    attention = bundle.model.decoder.num_layers + bundle.model.vision.depth
+    assert (made > attention) == (library.int8 != "none")
