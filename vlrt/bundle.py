@@ -328,16 +328,17 @@ def _replace(temporary: Path, out: Path) -> None:
         temporary.rename(out)
         return
     with unfinished.held(out, unfinished.OLD) as aside:
-        old = aside / out.name
+        old, placed = aside / out.name, False
         try:
             out.rename(old)
             temporary.rename(out)
+            placed = True  # another export may move it aside at once
         except BaseException:
             if old.exists() and not out.exists():
                 old.rename(out)
             raise
         finally:
-            if out.exists() or not old.exists():  # else the old one could not be put back: it is not deleted
+            if placed or out.exists() or not old.exists():  # else the old one could not be put back: it is not deleted
                 shutil.rmtree(aside, ignore_errors=True)
 
 
