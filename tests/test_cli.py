@@ -407,7 +407,7 @@ def test_an_output_without_room_is_told_in_one_line(room: Path, command: tuple[s
     assert done.stderr.count(b"\n") == 1, done.stderr
 
 
-@pytest.mark.parametrize("mebibytes", [500, 850])
+@pytest.mark.parametrize("mebibytes", [500, 820])
 def test_memory_that_runs_out_is_told_in_one_line(room: Path, mebibytes: int) -> None:
     # The first runs out in our own arrays, the second in the engine; where it happens may move, what is said must not.
     Image.new("RGB", (4000, 3000)).save(room / "photo.png")
