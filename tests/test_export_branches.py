@@ -31,7 +31,7 @@ def shuffled(function: FunctionProto, order: tuple[int, ...]) -> FunctionProto:
     return out
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_the_outputs_of_branches_have_one_order(order):
     """Catches exports that differ with the hash seed of their process: keys, values and output in another order."""
     function = translate.LaneAttention.to_function_proto()
