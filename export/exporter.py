@@ -21,7 +21,7 @@ from vlrt.backends.reference import ReferenceBackend
 from vlrt.bundle import BackendName, Bundle, Manifest, Precision, Table
 from vlrt.checkpoint import Checkpoint, expected_tensors
 from vlrt.errors import CheckpointError, ConfigError, ExportError
-from vlrt.export import graphs, onnx, quantize, torch_weights, verify
+from vlrt.export import graphs, int4_check, onnx, quantize, torch_weights, verify
 from vlrt.models import registry
 
 Progress = Callable[[str, float], None]
@@ -44,8 +44,9 @@ def export(
         checkpoint_path: a Hugging Face directory of the Qwen2-VL or Qwen2.5-VL family.
         out: where the bundle goes; None: `<checkpoint name>.vlrt` in the working directory. A bundle there is replaced.
         backend: "ort", or "torch".
-        precision: ort: "fp32", or "int8" (linear layers: per-channel weights, per-token activations). torch: "fp32",
-            "bf16", "fp16", or "fp8" (linear layers of the decoder, the rest bf16).
+        precision: ort: "fp32", "int8" (linear layers: per-channel weights, per-token activations), or "int4" (weights
+            of the decoder's linear layers in blocks, the rest int8). torch: "fp32", "bf16", "fp16", or "fp8" (linear
+            layers of the decoder, the rest bf16).
         progress: told what is being done and which fraction of the whole is done.
 
     Returns:
@@ -80,6 +81,8 @@ def export(
             kind,
             lambda done: tell("comparing with PyTorch", _WRITE_SHARE + (1 - _WRITE_SHARE) * done),
         )
+        if kind == "int4":
+            parity += (int4_check.check(directory / "decoder.onnx", lambda name: _floats(checkpoint, name)),)
         bundle.save_manifest(directory, dataclasses.replace(manifest, parity=parity))
         if failed := [row for row in parity if not row.ok]:
             raise ExportError(
@@ -95,12 +98,7 @@ def _write(
 ) -> Manifest:
     """Write every file of a bundle except what the gate adds; return its manifest."""
     cfg = checkpoint.model
-    tensor = checkpoint.weight
     total, done = _weight_bytes(cfg, precision), 0
-
-    def fetch(name: str) -> NDArray[np.float32]:
-        array: NDArray[np.float32] = tensor(name).float().numpy()
-        return array
 
     def wrote(num_bytes: int) -> None:
         nonlocal done
@@ -122,7 +120,7 @@ def _write(
             recipes = quantize.lower_linears(model, precision)
             if recipes.pop(quantize.HEAD, None) is not None:
                 onnx.share_table(model, quantize.HEAD, head or embed, directory)
-            onnx.write_graph(model, directory, recipes, fetch, wrote)
+            onnx.write_graph(model, directory, recipes, lambda name: _floats(checkpoint, name), wrote)
             written[graph.name] = graph
     for name in prompt.FILES:
         if (checkpoint.path / name).is_file():
@@ -143,6 +141,11 @@ def _write(
     )
     bundle.save_manifest(directory, manifest)
     return manifest
+
+
+def _floats(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = checkpoint.weight(name).float().numpy()
+    return array
 
 
 def _write_table(

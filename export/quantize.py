@@ -2,6 +2,7 @@
 
 fp32: MatMul on the transposed weight. int8: the functions of int8_functions.py, with per-channel symmetric weights and
 per-token activations; they take in layers that share an input, the gate of an MLP, and what is added to an output.
+int4: MatMulNBits in the layers of the decoder, int8 elsewhere.
 Knows graphs and recipes for weights; no files.
 """
 
@@ -13,13 +14,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from vlrt.bundle import Precision
-from vlrt.export import int8_functions
+from vlrt.export import int4, int8_functions
 from vlrt.export.translate import DOMAIN
 
 Floats = NDArray[np.float32]
 INT8_MAX = 127
 HEAD = "lm_head.weight"  # in fp32 it stays [V, C]: its file also serves lookups of rows
 KEPT_FP32 = frozenset({"visual.patch_embed.proj.weight"})  # first layer: raw pixels in, and a thousandth of the work
+INT4_PREFIX = "model.layers."  # most of the weights. What picks tokens, and what all else is computed from, stays int8
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,12 @@ def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
     recipes: dict[str, Recipe] = {}
     linears = [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]
     exact = [node for node in linears if precision == "fp32" or _input(node, 1).name in KEPT_FP32]
-    _lower_int8(graph, [node for node in linears if node not in exact], recipes)
+    coarse = [node for node in linears if precision == "int4" and str(_input(node, 1).name).startswith(INT4_PREFIX)]
+    _lower_int8(graph, [node for node in linears if node not in exact and node not in coarse], recipes)
     for node in exact:
         _lower_fp32(graph, node, recipes)
+    for node in coarse:
+        _lower_int4(graph, node, recipes)
     int8_functions.attach(model)
     _drop_unused(graph)
     for name in graph.initializers:
@@ -106,6 +111,38 @@ def _lower_int8(graph: ir.Graph, linears: list[ir.Node], recipes: dict[str, Reci
         if residual is not None:
             inputs.append(residual)
         _replace(graph, ended, last, [ir.Node(DOMAIN, variant.name, inputs, num_outputs=variant.num_outputs)])
+
+
+_INT4_PARTS: tuple[Callable[[Floats], NDArray[np.generic]], ...] = (
+    lambda w: int4.quantize_blocks(w)[0],
+    lambda w: int4.quantize_blocks(w)[1],
+    lambda w: int4.quantize_blocks(w)[2],
+)
+
+
+def _lower_int4(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe]) -> None:
+    weight, bias = _input(node, 1), _bias(node)
+    assert weight.name is not None
+    assert weight.shape is not None
+    num_outputs, num_inputs = weight.shape.numpy()
+    inputs: list[ir.Value | None] = [_input(node, 0)]
+    parts = zip(
+        (int4.SUFFIX, ".scale", ".zero"),
+        (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8),
+        int4.shapes(num_outputs, num_inputs),
+        _INT4_PARTS,
+        strict=True,
+    )
+    for suffix, dtype, shape, make in parts:
+        value = _initializer(graph, f"{weight.name}{suffix}", dtype, ir.Shape(shape))
+        recipes[str(value.name)] = Recipe(weight.name, dtype, make)
+        inputs.append(value)
+    if bias is not None:
+        inputs += [None, bias]  # between them, an order of inputs
+    sizes = {"K": num_inputs, "N": num_outputs, "bits": int4.BITS, "block_size": int4.BLOCK_SIZE}
+    attributes = [ir.AttrInt64(k, v) for k, v in {**sizes, "accuracy_level": int4.ACCURACY_LEVEL}.items()]
+    graph.opset_imports[int8_functions.ENGINE] = 1
+    _replace(graph, [node], node, [ir.Node(int8_functions.ENGINE, "MatMulNBits", inputs, attributes, num_outputs=1)])
 
 
 def _weights(graph: ir.Graph, weight: ir.Value, recipes: dict[str, Recipe]) -> tuple[ir.Value, ir.Value]:
@@ -190,10 +227,12 @@ def _replace(graph: ir.Graph, old: list[ir.Node], last: ir.Node, new: list[ir.No
 
 def _derived(graph: ir.Graph, weight: ir.Value, suffix: str, dtype: ir.DataType, axes: tuple[int, ...]) -> ir.Value:
     """Return an initializer that is made of a weight [out, in]; its axes are the weight's, as listed."""
-    name = f"{weight.name}{suffix}"
+    assert weight.shape is not None
+    return _initializer(graph, f"{weight.name}{suffix}", dtype, ir.Shape([weight.shape[a] for a in axes]))
+
+
+def _initializer(graph: ir.Graph, name: str, dtype: ir.DataType, shape: ir.Shape) -> ir.Value:
     if name not in graph.initializers:
-        assert weight.shape is not None
-        shape = ir.Shape([weight.shape[a] for a in axes])
         value = ir.Value(name=name, shape=shape, type=ir.TensorType(dtype))
         value.const_value = ir.LazyTensor(_unwritten, dtype=dtype, shape=shape, name=name)
         graph.register_initializer(value)

@@ -14,9 +14,10 @@ from onnx.defs import OpSchema
 from onnxscript import FLOAT, INT32, script, values
 from onnxscript import opset18 as op
 
+from vlrt.export import branches
+
 OPSET = 18  # what torch.onnx emits without converting, which would inline the functions
 DOMAIN = "vlrt"
-
 
 _vlrt = values.Opset(DOMAIN, 1)
 _ort = values.Opset("com.microsoft", 1)
@@ -291,8 +292,7 @@ def attach_functions(model: ir.Model) -> None:
     called |= {_CALLS[name] for name in called if name in _CALLS}
     for function in FUNCTIONS:
         if function.name in called:
-            body = ir.from_proto(function.to_function_proto())
-            assert isinstance(body, ir.Function)
+            body = ir.serde.deserialize_function(branches.order_outputs(function.to_function_proto()))
             body.opset_imports["com.microsoft"] = body.opset_imports[DOMAIN] = 1  # also of what branches alone name
             model.functions[body.identifier()] = body
             model.opset_imports["com.microsoft"] = 1

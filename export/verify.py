@@ -22,9 +22,12 @@ NUM_ANSWER_TOKENS = 8
 QUESTION = "What moves first, and which way does it go?"
 GRID_MERGED = (2, 5, 3)  # temporal patches, rows, columns of video tokens: more than one window, none of them square
 # Half precisions round after each of some hundred operations: the limits are 26 ulps of bf16 and 51 of fp16.
-ERROR_LIMITS: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.1, "fp8": 0.25, "int8": 0.25}
+# int4 rounds weights by 8%. Measured: 0.05 to 0.20 (the trained demo), 0.27 to 0.33 (2 random layers), 0.38 to 0.43
+# (24 layers); one matrix of 2 layers with its rows reversed: over 0.7. int4_check.py looks at every matrix by itself.
+ERROR_LIMITS: dict[Precision, float] = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.1, "fp8": 0.25, "int8": 0.25, "int4": 0.6}
+TOWER_LIMITS: dict[Precision, float] = {**ERROR_LIMITS, "int4": ERROR_LIMITS["int8"]}  # whose tower is int8's
 # Others are refused for errors, not for words: with random weights the likeliest tokens lie within any error.
-AGREEMENT_LIMITS: dict[Precision, float] = {"fp32": 1.0, "fp16": 0.0, "bf16": 0.0, "fp8": 0.0, "int8": 0.0}
+AGREEMENT_LIMITS: dict[Precision, float] = {"fp32": 1.0, "fp16": 0.0, "bf16": 0.0, "fp8": 0.0, "int8": 0.0, "int4": 0.0}
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def check(
     torch = reference()
     limit = ERROR_LIMITS[precision]
     video_tokens = torch.encode(pixels, media.grid_thw)
-    rows = [_error("video tokens", record.video_tokens, torch.lower(video_tokens), limit)]
+    rows = [_error("video tokens", record.video_tokens, torch.lower(video_tokens), TOWER_LIMITS[precision])]
     progress(0.5)
 
     context = read(torch, _prompt(tokenizer, cfg, media, "direct"), video_tokens)

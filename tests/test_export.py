@@ -361,7 +361,7 @@ def test_checkpoints_that_cannot_be_exported_are_refused_by_name(
     ("how", "words"),
     [
         ({"backend": "tensorrt"}, "'tensorrt'; accepted: ort"),
-        ({"precision": "int4"}, "'int4'; accepted with the backend ort: fp32, int8"),
+        ({"precision": "int2"}, "'int2'; accepted with the backend ort: fp32, int8, int4"),
     ],
 )
 def test_unknown_settings_are_refused(make_checkpoint, place, how, words):

@@ -87,9 +87,9 @@ def parser(commands: Mapping[str, Command], version: str) -> argparse.ArgumentPa
     )
     sub.add_argument(
         "--precision",
-        choices=["fp32", "int8", "bf16", "fp16", "fp8"],
+        choices=["fp32", "int8", "int4", "bf16", "fp16", "fp8"],
         default="fp32",
-        help="of the weights (default: fp32); int8: ort alone; bf16, fp16 and fp8: torch alone",
+        help="of the weights (default: fp32); int8 and int4: ort alone; bf16, fp16 and fp8: torch alone",
     )
 
     sub = verb(

@@ -28,10 +28,10 @@ MANIFEST = "manifest.json"
 SEAL = "sha256"  # the key of a manifest's own hash
 MAX_MANIFEST_BYTES = 16 * 1024**2
 
-Precision = Literal["fp32", "int8", "bf16", "fp16", "fp8"]
+Precision = Literal["fp32", "int8", "int4", "bf16", "fp16", "fp8"]
 BackendName = Literal["ort", "torch"]
 PRECISIONS: dict[BackendName, tuple[Precision, ...]] = {
-    "ort": ("fp32", "int8"),
+    "ort": ("fp32", "int8", "int4"),
     "torch": ("fp32", "bf16", "fp16", "fp8"),
 }
 TableDtype = Literal["float32", "bfloat16", "float16"]

@@ -127,7 +127,7 @@ def predict(model: config.Model, shape: Shape, *, int8: bool, library: bool) -> 
     Args:
         model: its sizes.
         shape: what is asked.
-        int8: whether the bundle is of that precision, else fp32.
+        int8: whether the tower is in int8, as in int8 and int4 bundles; else fp32.
         library: whether attention runs in `libvlrt_ort`.
 
     Raises:

@@ -56,7 +56,7 @@ def report(
     text_tokens = len(built.ids) - 1 - len(tokenizer.encode("?")) + question_tokens
     shape = memory_plan.Shape(count, height, width, text_tokens, asked.room(model, tokenizer))
     library = isinstance(ort_library.find(), ort_library.Library)
-    plan = memory_plan.predict(model, shape, int8=bundle.precision == "int8", library=library)
+    plan = memory_plan.predict(model, shape, int8=bundle.precision != "fp32", library=library)
     available = host_memory.available_bytes()
     weights = _weights(bundle)
     return {
