@@ -30,6 +30,10 @@ EXACT_INT8 = ("session.x64quantprecision", "1")
 FEW_ROWS = 64  # positions of a decoder pass that is not worth freeing after: latents, answers, most questions
 
 _NO_BIAS = np.zeros((1, 1, 0, 0), np.float32)
+# Each session has threads of its own. After a pass they go on spinning for the next one of their session, and take the
+# cores from the other sessions, which run in turn: a written token took twice as long.
+STOP_SPINNING = ("session.force_spinning_stop", "1")
+
 _DTYPES = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(int64)": "int64"}
 
 
@@ -230,6 +234,7 @@ class OrtBackend:
         path = bundle.path / f"{graph.name}.onnx"
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
+        options.add_session_config_entry(*STOP_SPINNING)
         options.enable_mem_pattern = False  # else the second pass of a shape takes its memory once more, and keeps it
         if processor.may_saturate(platform.machine(), processor.describe()["features"]):
             options.add_session_config_entry(*EXACT_INT8)
