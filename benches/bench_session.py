@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     clip, console = material.clip(), Console(stderr=True)
-    times: dict[str, list[float]] = {"first": [], "second": [], "many": []}
+    times: dict[str, list[float]] = {"first": [], "second": [], "many": [], "side_by_side": []}
     questions = [f"What moves at second {i}, and which way does it go?" for i in range(args.questions)]
     with vlrt.Runtime.open(material.bundle(args.shape, args.precision), video_cache_bytes=0) as runtime:
         for number in track(range(args.rounds + 1), "rounds", console=console):  # the first warms up
@@ -47,12 +47,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 start = time.perf_counter()
                 again = opened.ask(questions[0], **ANSWER)
                 took["second"] = time.perf_counter() - start
+            start = time.perf_counter()
+            with runtime.open_video(clip, num_frames=args.frames) as opened:
+                opened.ask_many([{"question": question, **ANSWER} for question in questions])
+                took["side_by_side"] = time.perf_counter() - start
             assert again.token_ids == answers[0].token_ids, "an answer did not repeat itself"
             if number:
                 for name, seconds in took.items():
                     times[name].append(seconds)
     seconds = {name: quantiles(found) for name, found in times.items()}
-    ratios = {name: seconds[name]["median"] / seconds["first"]["median"] for name in ("second", "many")}
+    ratios = {name: seconds[name]["median"] / seconds["first"]["median"] for name in ("second", "many", "side_by_side")}
     out = machine.write_result(
         "session",
         argv if argv is not None else sys.argv[1:],
@@ -64,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         times_first=ratios,
     )
     print(f"first question {seconds['first']['median']:.2f} s; a second one {ratios['second']:.3f} of it;")
-    print(f"{args.questions} questions about one open video {ratios['many']:.2f} of it\n{out}")
+    print(f"{args.questions} questions about one open video {ratios['many']:.2f} of it one by one,")
+    print(f"{ratios['side_by_side']:.2f} by ask_many\n{out}")
 
 
 if __name__ == "__main__":
