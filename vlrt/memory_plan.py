@@ -154,7 +154,7 @@ def predict(model: config.Model, shape: Shape, *, int8: bool, library: bool) -> 
         tokens=video_tokens * feature,
         embeds=prompt_tokens * feature,
         cache=4 * capacity * slot,
-        decoder_pass=4 * at_once * (4 * decoder.intermediate_size + decoder.hidden_size),
+        decoder_pass=4 * at_once * _decoder_floats(decoder, fused=int8 and library),
         logits=4 * decoder.vocab_size,
         fixed=DECODING_BYTES + ENGINE_BYTES,
     )
@@ -174,6 +174,13 @@ def most_frames(plan: Plan, budget: int, predict: Callable[[Shape], Plan]) -> in
         found = predict(replace(plan.shape, num_frames=2 * middle))
         low, high = (middle, high) if found.peak_bytes <= budget and found.fits_positions else (low, middle - 1)
     return 2 * low
+
+
+def _decoder_floats(decoder: config.Decoder, *, fused: bool) -> int:
+    """Return how many float32 a pass holds at once per position: of the MLP, whose gate stays in `libvlrt_ort`."""
+    if fused:
+        return decoder.intermediate_size + 2 * decoder.hidden_size
+    return 4 * decoder.intermediate_size + decoder.hidden_size
 
 
 def _tower_floats(vision: config.Vision, rows: int, columns: int, *, int8: bool, library: bool) -> int:
