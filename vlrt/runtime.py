@@ -84,7 +84,7 @@ class Runtime:
                 take more is refused before its video is decoded. None: what the machine, or the control group that
                 the process is in, has available by then.
             kv_cache: "fp32", or "int8" (backend ort alone): keys and values of open and remembered videos are kept in
-                int8 between questions, in 0.27 of the memory. While a question is answered they are float32.
+                int8 between questions: with heads of 64, in 0.27 of the memory. They are float32 while one is answered.
 
         Raises:
             BundleError: not a bundle, or damaged.
@@ -427,10 +427,10 @@ class Runtime:
             if isinstance(video, Frames):
                 admit(len(frames.data), *preprocess.target_size(frames, cfg.video, cfg.vision))
         with clock("preprocess"):
-            vision, resized = self.model.vision, preprocess.resized(frames, self.model.video, self.model.vision)
-            seconds = preprocess.seconds_per_temporal_patch(resized, vision)
-            media = prompt.Media(resized.is_image, preprocess.grid_of(resized, vision), seconds)
-            kept = None if reduce.unchanged is None else reduction.changed(resized, vision, reduce.unchanged)
+            resized = preprocess.resized(frames, cfg.video, cfg.vision)
+            seconds = preprocess.seconds_per_temporal_patch(resized, cfg.vision)
+            media = prompt.Media(resized.is_image, preprocess.grid_of(resized, cfg.vision), seconds)
+            kept = None if reduce.unchanged is None else reduction.changed(resized, cfg.vision, reduce.unchanged)
         return Shown(media, len(frames.data), frames.warnings, None if kept is None else kept.reshape(-1)), resized
 
 
