@@ -1,5 +1,11 @@
 """Memory of the machine and of control groups."""
 
+import mmap
+import re
+from pathlib import Path
+
+import pytest
+
 from vlrt import host_memory
 
 GIB = 2**30
@@ -48,3 +54,21 @@ def test_giving_back_is_harmless():
     kept = bytearray(2**20)
     host_memory.give_back()
     assert not any(kept)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not tell what a mapping holds")
+def test_pages_of_a_mapped_file_go_and_come_back(tmp_path):
+    """Catches pages that stay, and bytes that do not come back."""
+    path, content = tmp_path / "a.bin", bytes(range(256)) * 4096
+    path.write_bytes(content)
+
+    def held() -> int:
+        maps = Path("/proc/self/smaps").read_text()
+        return int(re.search(rf"{re.escape(str(path))}\n.*?Rss: +(\d+) kB", maps, re.DOTALL)[1])
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert mapped[:] == content
+        before = held()
+        host_memory.let_go(path)
+        assert (before, held()) == (1024, 0)
+        assert mapped[:] == content

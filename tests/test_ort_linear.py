@@ -4,13 +4,14 @@ On processors without VNNI there is no level: bundles run the bodies there, and 
 """
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.bundles import QUICK
 from tests.closeness import assert_close
@@ -37,16 +38,24 @@ def has(library: ort_library.Library, level: str) -> bool:
     return find(level.encode()) != b"none"
 
 
-def session(library: ort_library.Library | None, variant: Variant, level: str = "auto", threads: int = 2) -> Any:
-    """A graph of one op, with sizes free; without a library it is the body of the function."""
+def session(
+    library: ort_library.Library | None,
+    variant: Variant,
+    given: dict[str, np.ndarray],
+    level: str = "auto",
+    threads: int = 2,
+) -> Any:
+    """A graph of one op with the weights of `given`, other sizes free; without a library it is the function's body."""
     function = int8_functions.function(variant)
-    kinds = {name: TensorProto.INT8 if name.startswith("q_") else TensorProto.FLOAT for name in function.input}
-    ranks = {name: {"x": 2, "residual": 2}.get(name, 2 if name.startswith("q_") else 1) for name in function.input}
-    inputs = [helper.make_tensor_value_info(n, kinds[n], [f"{n}{i}" for i in range(r)]) for n, r in ranks.items()]
+    weights = [numpy_helper.from_array(given[name], name) for name in function.input if name.startswith("q_")]
+    ranks = {n: 2 if n in ("x", "residual") else 1 for n in function.input if not n.startswith("q_")}
+    inputs = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, [f"{n}{i}" for i in range(r)]) for n, r in ranks.items()
+    ]
     outputs = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(variant.num_outputs)]
-    node = helper.make_node(variant.name, list(ranks), [o.name for o in outputs], domain="vlrt")
+    node = helper.make_node(variant.name, list(function.input), [o.name for o in outputs], domain="vlrt")
     opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 18), ("vlrt", 1), ("com.microsoft", 1))]
-    graph = helper.make_graph([node], "linear", inputs, outputs)
+    graph = helper.make_graph([node], "linear", inputs, outputs, weights)
     functions = [] if library is not None else [function]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     options = onnxruntime.SessionOptions()
@@ -58,14 +67,18 @@ def session(library: ort_library.Library | None, variant: Variant, level: str = 
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def run(made: Any, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return made.run(None, {value.name: given[value.name] for value in made.get_inputs()})
+
+
 def make_inputs(variant: Variant, m: int, k: int, widths: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Random inputs of a variant: rows of very different loudness, one of zeros."""
-    rng = np.random.default_rng(m + k)
+    """Random inputs of a variant: rows of very different loudness, one of zeros. Weights are the same for every m."""
+    rng, weights = np.random.default_rng(m + k), np.random.default_rng(k)
     x = rng.standard_normal((m, k)) * 10.0 ** rng.uniform(-3, 3, (m, 1))
     x[m // 2] = 0 if m > 1 else x[m // 2]
     given = {"x": x}
     for i, n in enumerate(widths):
-        given[f"q_{i}"] = rng.integers(-127, 128, (k, n), dtype=np.int8)
+        given[f"q_{i}"] = weights.integers(-127, 128, (k, n), dtype=np.int8)
         given[f"scale_{i}"] = rng.uniform(1e-4, 1e-2, n)
         if variant.bias:
             given[f"bias_{i}"] = rng.standard_normal(n)
@@ -111,14 +124,24 @@ def widths_of(variant: Variant, n: int) -> tuple[int, ...]:
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (63, 123), (64, 64), (70, 4229), (777, 300)])
 def test_it_is_exact_in_integers(library, level, variant, k, n):
     """Catches a column or row that is lost, mixed up or read behind the end, codes that saturate, one scale for all."""
-    made = session(library, variant, level)
-    for m in (1, 3, 4, 7, 16, 33, 123):
+    made = session(library, variant, make_inputs(variant, 1, k, widths_of(variant, n)), level)
+    for m in (1, 3, 4, 7, 16, 17, 33, 123):
         given = make_inputs(variant, m, k, widths_of(variant, n))
         x = quantised(given)
         sizes = largest_terms(variant, given, x)
-        for out, want in zip(made.run(None, given), exact(variant, given, x), strict=True):
+        for out, want in zip(run(made, given), exact(variant, given, x), strict=True):
             for row, wanted, size in zip(out, want, sizes, strict=True):
                 assert_close(np.append(row, np.float32(size)), np.append(wanted, size))
+
+
+def test_rows_beyond_a_cache_are_exact_too(library, level):
+    """Catches rows of the second chunk that are written where those of the first one belong."""
+    variant = int8_functions.find(1, bias=True, residual=True)
+    given = make_inputs(variant, 700, 3000, (70,))
+    made = session(library, variant, given, level)
+    (out,), (want,) = run(made, given), exact(variant, given, quantised(given))
+    sizes = largest_terms(variant, given, quantised(given))
+    assert_close(out / sizes[:, None].astype(np.float32), want / sizes[:, None])
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
@@ -130,7 +153,7 @@ def test_it_is_as_near_as_the_body(library, level, variant, m):
     wanted = exact(variant, given, given["x"].astype(np.float64))
     body, ours, want = (
         np.concatenate(outs, axis=1)
-        for outs in (*(session(lib, variant, level).run(None, given) for lib in (None, library)), wanted)
+        for outs in (*(run(session(lib, variant, given, level), given) for lib in (None, library)), wanted)
     )
     assert np.linalg.norm(ours - want) <= 1.3 * np.linalg.norm(body - want) <= 0.05 * np.linalg.norm(want)
 
@@ -142,7 +165,7 @@ def test_what_is_no_number_stays_so(library, level, m, bad):
     variant = VARIANTS[0]
     given = make_inputs(variant, m, 100, (70,))
     given["x"][0, 3] = bad
-    (out,) = session(library, variant, level).run(None, given)
+    (out,) = run(session(library, variant, given, level), given)
     assert np.isnan(out[0]).all()
     assert np.isfinite(out[1:]).all()
 
@@ -153,7 +176,7 @@ def test_gates_that_are_far_out(library, level):
     given = make_inputs(variant, 20, 8, (40, 40))
     given["bias_0"] = np.linspace(-300, 300, 40, dtype=np.float32)
     given["x"] *= 1e-6
-    (out,) = session(library, variant, level).run(None, given)
+    (out,) = run(session(library, variant, given, level), given)
     np.testing.assert_allclose(out, exact(variant, given, quantised(given))[0], rtol=1e-5, atol=1e-30)
 
 
@@ -163,7 +186,7 @@ def test_threads_and_levels_change_nothing(library):
         pytest.skip("this processor has no level")
     variant = VARIANTS[1]
     given = make_inputs(variant, 70, 640, (999,))
-    outs = [session(library, variant, level, n).run(None, given)[0] for level in found for n in (1, 4)]
+    outs = [run(session(library, variant, given, level, n), given)[0] for level in found for n in (1, 4)]
     assert all(np.array_equal(outs[0], out) for out in outs[1:])
 
 
@@ -181,13 +204,38 @@ def test_inputs_that_do_not_fit_are_refused_in_words(library, level, change, wor
     variant = int8_functions.find(1, bias=True, residual=True)
     given = make_inputs(variant, 2, 4, (3,)) | change
     with pytest.raises(Exception, match=words):
-        session(library, variant, level).run(None, given)
+        run(session(library, variant, given, level), given)
 
 
 def test_a_level_that_is_not_there_is_refused(library):
     """Catches another level in its place, without a word."""
     with pytest.raises(Exception, match=r"vlrt\.int8 is 'mmx', which this processor does not have"):
-        session(library, VARIANTS[0], "mmx")
+        session(library, VARIANTS[0], make_inputs(VARIANTS[0], 1, 4, (3,)), "mmx")
+
+
+def test_weights_that_are_no_constants_are_refused_in_words(library, level):
+    """Catches weights that are packed before they are there."""
+    x, q, scale = (helper.make_tensor_value_info(n, t, None) for n, t in (("x", 1), ("q", TensorProto.INT8), ("s", 1)))
+    node = helper.make_node("QuantizedLinear", ["x", "q", "s"], ["y"], domain="vlrt")
+    graph = helper.make_graph([node], "linear", [x, q, scale], [helper.make_tensor_value_info("y", 1, None)])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("vlrt", 1)]
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry(ort_library.INT8, level)
+    options.register_custom_ops_library(str(library.path))
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    with pytest.raises(Exception, match="weights must be constants of the graph"):
+        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not tell what a process holds")
+def test_packed_weights_go_with_their_session(library, level):
+    """Catches memory that is packed into and never freed."""
+    given = make_inputs(VARIANTS[0], 1, 1024, (10_000,))
+    held = []
+    for _ in range(24):
+        session(library, VARIANTS[0], given, level)
+        held.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+    assert held[-1] - held[7] < 8 * given["q_0"].nbytes  # of 16 sessions
 
 
 def test_layers_of_a_bundle_are_grouped(make_bundle):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 _Files = tuple[str, str, str]
 _V2: _Files = ("memory.max", "memory.current", "inactive_file")
+_DONT_NEED = 4  # MADV_DONTNEED
 _V1: _Files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
@@ -34,6 +35,32 @@ def available_bytes(root: Path = Path("/")) -> int | None:
 def give_back() -> None:
     """Return freed memory to the system: glibc keeps what lies between blocks in use, of long passes most of it."""
     _trim()(0)
+
+
+def let_go(path: Path) -> None:
+    """Return the memory of a mapped file's pages to the system; whoever reads them again gets them from the file.
+
+    Nobody may have written to the mapping.
+    """
+    advise = _advise()
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] == str(path):
+            first, last = (int(address, 16) for address in fields[0].split("-"))
+            advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _DONT_NEED)
+
+
+@functools.cache
+def _advise() -> Callable[..., object]:
+    try:
+        found: Callable[..., object] = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):
+        return lambda *_: None
+    return found
 
 
 @functools.cache

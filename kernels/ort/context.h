@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "memory.h"
 
 namespace vlrt {
 
@@ -31,6 +32,24 @@ inline void require(const char* name, const std::vector<std::int64_t>& shape, co
     throw std::runtime_error(std::string(name) + " is " + text(shape) + ", expected " + text(wanted));
 }
 
+// Returns the numbers of a tensor, and its shape where that is asked for.
+template <typename T>
+const T* read(const OrtValue* value, std::vector<std::int64_t>* shape) {
+  if (shape != nullptr) {
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(api->GetTensorTypeAndShape(value, &info));
+    std::size_t rank = 0;
+    OrtStatus* status = api->GetDimensionsCount(info, &rank);
+    shape->resize(status == nullptr ? rank : 0);
+    if (status == nullptr) status = api->GetDimensions(info, shape->data(), rank);
+    api->ReleaseTensorTypeAndShapeInfo(info);
+    check(status);
+  }
+  void* data = nullptr;
+  check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // 1.17 has no other way to read
+  return static_cast<const T*>(data);
+}
+
 // What an op may ask of the run that it is part of.
 class Context {
  public:
@@ -47,19 +66,7 @@ class Context {
   const T* input(std::size_t index, std::vector<std::int64_t>* shape = nullptr) const {
     const OrtValue* value = nullptr;
     check(api->KernelContext_GetInput(context_, index, &value));
-    if (shape != nullptr) {
-      OrtTensorTypeAndShapeInfo* info = nullptr;
-      check(api->GetTensorTypeAndShape(value, &info));
-      std::size_t rank = 0;
-      OrtStatus* status = api->GetDimensionsCount(info, &rank);
-      shape->resize(status == nullptr ? rank : 0);
-      if (status == nullptr) status = api->GetDimensions(info, shape->data(), rank);
-      api->ReleaseTensorTypeAndShapeInfo(info);
-      check(status);
-    }
-    void* data = nullptr;
-    check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // 1.17 has no other way to read
-    return static_cast<const T*>(data);
+    return read<T>(value, shape);
   }
 
   float* output(std::size_t index, const std::vector<std::int64_t>& shape) const {
@@ -67,6 +74,9 @@ class Context {
     check(api->KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
     void* data = nullptr;
     check(api->GetTensorMutableData(value, &data));
+    std::size_t count = 1;
+    for (const std::int64_t size : shape) count *= static_cast<std::size_t>(size);
+    prefer_huge_pages(data, count * sizeof(float));
     return static_cast<float*>(data);
   }
 
@@ -94,6 +104,7 @@ class Context {
       }
       scratch_.push_back(nullptr);
       check(api->AllocatorAlloc(allocator_, count * sizeof(float), &scratch_.back()));
+      prefer_huge_pages(scratch_.back(), count * sizeof(float));
       return static_cast<float*>(scratch_.back());
     };
   }
@@ -102,6 +113,13 @@ class Context {
   OrtKernelContext* context_;
   OrtAllocator* allocator_ = nullptr;
   std::vector<void*> scratch_;
+};
+
+// One node of a session.
+class Kernel {
+ public:
+  virtual ~Kernel() = default;
+  virtual void run(OrtKernelContext* context) = 0;
 };
 
 // The ops: inputs are checked, then computed on.

@@ -49,19 +49,19 @@ OrtStatus* guarded(Body body) noexcept {
 
 // ONNX Runtime keeps the pointer and calls through the fields of the base.
 struct Op : OrtCustomOp {
-  using Run = std::function<void(OrtKernelContext*)>;
+  using Make = std::function<std::unique_ptr<vlrt::Kernel>(const OrtKernelInfo*)>;
 
   const char* name;
   std::vector<ONNXTensorElementDataType> inputs;
   std::size_t num_outputs;
-  Run run;
+  Make make;
 
-  Op(const char* op_name, std::vector<ONNXTensorElementDataType> op_inputs, std::size_t op_num_outputs, Run op_run)
+  Op(const char* op_name, std::vector<ONNXTensorElementDataType> op_inputs, std::size_t op_num_outputs, Make op_make)
       : OrtCustomOp{},
         name(op_name),
         inputs(std::move(op_inputs)),
         num_outputs(op_num_outputs),
-        run(std::move(op_run)) {
+        make(std::move(op_make)) {
     version = kApiVersion;
     GetName = [](const OrtCustomOp* op) { return self(op).name; };
     GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
@@ -74,19 +74,32 @@ struct Op : OrtCustomOp {
     GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t) { return INPUT_OUTPUT_REQUIRED; };
     GetStartVersion = [](const OrtCustomOp*) { return 1; };
     GetEndVersion = [](const OrtCustomOp*) { return 1; };
-    CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi*, const OrtKernelInfo*, void** kernel) -> OrtStatus* {
-      *kernel = const_cast<OrtCustomOp*>(op);  // a kernel has no state of its own
-      ++num_kernels;
-      return nullptr;
+    CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi*, const OrtKernelInfo* info, void** kernel) -> OrtStatus* {
+      return guarded([&] {
+        *kernel = self(op).make(info).release();
+        ++num_kernels;
+      });
     };
-    KernelDestroy = [](void*) {};
+    KernelDestroy = [](void* kernel) { delete static_cast<vlrt::Kernel*>(kernel); };
     KernelComputeV2 = [](void* kernel, OrtKernelContext* context) -> OrtStatus* {
-      const Op& op = self(static_cast<const OrtCustomOp*>(kernel));
-      return guarded([&] { op.run(context); });
+      return guarded([&] { static_cast<vlrt::Kernel*>(kernel)->run(context); });
     };
   }
 
   static const Op& self(const OrtCustomOp* op) { return *static_cast<const Op*>(op); }
+};
+
+// A kernel without a state of its own.
+class Plain : public vlrt::Kernel {
+ public:
+  using Run = void (*)(const vlrt::Level&, OrtKernelContext*);
+
+  Plain(Run run, const vlrt::Level& level) : run_(run), level_(level) {}
+  void run(OrtKernelContext* context) override { run_(level_, context); }
+
+ private:
+  Run run_;
+  const vlrt::Level& level_;
 };
 
 constexpr ONNXTensorElementDataType kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
@@ -108,18 +121,22 @@ std::vector<ONNXTensorElementDataType> linear_inputs(const vlrt::LinearVariant& 
 struct Domain {
   Domain(const vlrt::Level* level, const vlrt::LinearLevel* int8) {
     check(api->CreateCustomOpDomain("vlrt", &domain));
-    add("VideoAttention", attention_inputs(7), 3,
-        [level](OrtKernelContext* context) { vlrt::run_video_attention(*level, context); });
-    add("SegmentAttention", attention_inputs(5), 1,
-        [level](OrtKernelContext* context) { vlrt::run_segment_attention(*level, context); });
+    add("VideoAttention", attention_inputs(7), 3, plain(vlrt::run_video_attention, *level));
+    add("SegmentAttention", attention_inputs(5), 1, plain(vlrt::run_segment_attention, *level));
     if (int8 == nullptr) return;
     for (const vlrt::LinearVariant& variant : vlrt::kLinearVariants)
       add(variant.name, linear_inputs(variant), variant.num_outputs(),
-          [&variant, int8](OrtKernelContext* context) { vlrt::run_linear(variant, *int8, context); });
+          [&variant, int8](const OrtKernelInfo* info) {
+            return std::make_unique<vlrt::LinearKernel>(variant, *int8, info);
+          });
   }
 
-  void add(const char* name, std::vector<ONNXTensorElementDataType> inputs, std::size_t num_outputs, Op::Run run) {
-    ops.push_back(std::make_unique<Op>(name, std::move(inputs), num_outputs, std::move(run)));
+  static Op::Make plain(Plain::Run run, const vlrt::Level& level) {
+    return [run, &level](const OrtKernelInfo*) { return std::make_unique<Plain>(run, level); };
+  }
+
+  void add(const char* name, std::vector<ONNXTensorElementDataType> inputs, std::size_t num_outputs, Op::Make make) {
+    ops.push_back(std::make_unique<Op>(name, std::move(inputs), num_outputs, std::move(make)));
     check(api->CustomOpDomain_Add(domain, ops.back().get()));
   }
 

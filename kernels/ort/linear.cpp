@@ -36,30 +36,24 @@ Features look() {
 }
 #endif
 
-constexpr std::int64_t kFewestTasks = 16;  // that many rows are divided into, where columns allow
+constexpr std::int64_t kTaskBytes = 1 << 17;   // of weights, that are worth a task where rows are few
+constexpr std::int64_t kCacheBytes = 1 << 20;  // of rows, that the second-level cache holds beside a panel
+constexpr std::int64_t kGroupBytes = 1 << 19;  // of panels, for a task where rows are many
+constexpr std::int64_t kManyTasks = 16;        // that many rows are divided into, where columns allow
 
-std::int64_t round_up(std::int64_t value, std::int64_t to) { return (value + to - 1) / to * to; }
-
-// Memory of the calling thread that grows and stays: a packed panel or sums, some hundred kilobytes.
-std::int8_t* thread_buffer(int which, std::size_t bytes) {
-  thread_local std::vector<std::int8_t> buffers[2];
-  std::vector<std::int8_t>& buffer = buffers[which];
-  if (buffer.size() < bytes + 64) buffer.resize(bytes + 64);
-  return buffer.data() + (64 - reinterpret_cast<std::uintptr_t>(buffer.data()) % 64) % 64;
-}
+std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
+std::int64_t round_up(std::int64_t value, std::int64_t to) { return divide_up(value, to) * to; }
 
 class Run {
  public:
   Run(const Linear& op, const LinearLevel& level, const Parallel& parallel, const Scratch& scratch)
-      : op_(op), level_(level), parallel_(parallel) {
+      : op_(op), level_(level), parallel_(parallel), scratch_(scratch) {
     const std::int64_t lines = round_up(op.k, 64) / 64;
     rows_.stride = 64 * (lines | 1);  // an odd number of cache lines: rows do not fall on the same sets
     const std::int64_t padded = round_up(op.m, kBlockRows);
-    float* memory = scratch(static_cast<std::size_t>(padded * (rows_.stride / 4 + 2)));
+    float* memory = scratch(static_cast<std::size_t>(padded * (rows_.stride / 4 + 1)));
     rows_.a = reinterpret_cast<std::int8_t*>(memory);
     rows_.scale = memory + padded * rows_.stride / 4;
-    rows_.sum = reinterpret_cast<std::int32_t*>(rows_.scale + padded);
-    std::fill(rows_.sum, rows_.sum + padded, 0);
   }
 
   void operator()() {
@@ -77,118 +71,147 @@ class Run {
     parallel_((op_.m + kTogether - 1) / kTogether, [&](std::size_t task) {
       const std::int64_t first = static_cast<std::int64_t>(task) * kTogether;
       for (std::int64_t i = first; i < std::min(first + kTogether, op_.m); ++i)
-        level_.quantise(op_.x + i * op_.k, op_.k, rows_.stride, rows_.a + i * rows_.stride, rows_.scale + i,
-                        rows_.sum + i);
+        level_.quantise(op_.x + i * op_.k, op_.k, row(i), level_.tiled ? kBlockRows * 64 : 64, rows_.scale + i);
     });
   }
 
-  // Columns of all parts one after the other are cut into tasks: of a gated pair, the same columns of both.
-  void few() {
-    struct Task {
-      int part;
-      std::int64_t col, cols;
-    };
-    std::vector<Task> tasks;
+  // Some panels of one part, or of a gated pair the same ones of both.
+  struct Group {
+    int part;
+    std::int64_t first, last;
+  };
+
+  std::int8_t* row(std::int64_t index) const {
+    const std::int64_t in_block = index % kBlockRows;
+    return rows_.a + (index - in_block) * rows_.stride + in_block * (level_.tiled ? 64 : rows_.stride);
+  }
+
+  int pair() const { return op_.gated ? 2 : 1; }
+
+  // Panels of all parts, in groups of at most so many bytes and about so many tasks.
+  std::vector<Group> groups(std::int64_t bytes, std::int64_t tasks) const {
+    std::vector<Group> found;
     for (int p = 0; p < (op_.gated ? 1 : op_.num_parts); ++p) {
-      // Few and wide: the longer the pieces of a row, the faster memory is; four cores or fewer use all that it gives.
-      const std::int64_t n = op_.parts[p].n, units = (n + kPanel - 1) / kPanel;
-      const std::int64_t count = std::max<std::int64_t>(n / 2048, std::clamp<std::int64_t>(n / 192, 1, 4));
-      for (std::int64_t i = 0; i < count; ++i) {
-        const std::int64_t col = units * i / count * kPanel;
-        tasks.push_back({p, col, std::min(units * (i + 1) / count * kPanel, n) - col});
-      }
+      const PackedWeight& weight = *op_.parts[p].weight;
+      const std::int64_t panels = divide_up(weight.n, kPanel);
+      const std::int64_t size =
+          std::max<std::int64_t>(std::min(bytes / (weight.panel_bytes() * pair()), panels / tasks), 1);
+      for (std::int64_t i = 0; i < panels; i += size) found.push_back({p, i, std::min(i + size, panels)});
     }
+    return found;
+  }
+
+  void few() {
+    const std::vector<Group> tasks = groups(kTaskBytes, 1);
     parallel_(tasks.size(), [&](std::size_t index) {
-      const Task& task = tasks[index];
-      const std::int64_t ld = round_up(task.cols, kPanel);
-      auto* acc = reinterpret_cast<std::int32_t*>(thread_buffer(0, static_cast<std::size_t>(2 * op_.m * ld * 4)));
-      Epilogue end = epilogue(task.part, 0, static_cast<int>(op_.m), task.col, static_cast<int>(task.cols));
-      end.acc = acc, end.ld = ld;
-      if (op_.gated) end.up_acc = acc + op_.m * ld;
-      for (int p = 0; p < (op_.gated ? 2 : 1); ++p) {
-        const LinearPart& part = op_.parts[task.part + p];
-        level_.few(rows_.a, rows_.stride, rows_.sum, static_cast<int>(op_.m), op_.k, part.q + task.col, part.n,
-                   static_cast<int>(task.cols), acc + p * op_.m * ld, ld);
+      const Group& task = tasks[index];
+      alignas(64) std::int32_t acc[2][kFewRows * kPanel];
+      if (level_.begin != nullptr) level_.begin();
+      for (std::int64_t i = task.first; i < task.last; ++i) {
+        for (int p = 0; p < pair(); ++p) {
+          const PackedWeight& weight = *op_.parts[task.part + p].weight;
+          level_.few(rows_.a, rows_.stride, static_cast<int>(op_.m), op_.k, weight.panel(i), &weight.sum[i * kPanel],
+                     acc[p]);
+        }
+        level_.finish(epilogue(task.part, i * kPanel, kPanel, 0, static_cast<int>(op_.m), acc));
       }
-      level_.finish(end);
+      if (level_.end != nullptr) level_.end();
     });
   }
 
-  // Tasks are panels of columns against as many rows as the second-level cache holds.
+  // Tasks are panels against as many rows as the second-level cache holds.
   void many() {
-    constexpr std::int64_t kCacheBytes = 1 << 20;
     const std::int64_t chunk = std::max<std::int64_t>(kCacheBytes / rows_.stride / kBlockRows, 1) * kBlockRows;
-    const std::int64_t chunks = (op_.m + chunk - 1) / chunk;
-    // Neighbouring panels are packed together where there are many: memory is faster in longer pieces of a row.
-    constexpr std::int64_t kPackedBytes = 1 << 19;
-    const int num = op_.gated ? 1 : op_.num_parts;
-    const std::int64_t size = round_up(op_.k, 64) * kPanel, most = kPackedBytes / size / (op_.gated ? 2 : 1);
-    struct Group {
-      int part;
-      std::int64_t col, cols;
-    };
-    std::vector<Group> groups;
-    for (int p = 0; p < num; ++p) {
-      const std::int64_t n = op_.parts[p].n;
-      const std::int64_t width = std::clamp<std::int64_t>(std::min(most, n / kPanel / kFewestTasks), 1, 4) * kPanel;
-      for (std::int64_t col = 0; col < n; col += width) groups.push_back({p, col, std::min(width, n - col)});
-    }
-    parallel_(groups.size() * static_cast<std::size_t>(chunks), [&](std::size_t task) {
-      const Group& group = groups[task % groups.size()];
-      const std::int64_t first = static_cast<std::int64_t>(task / groups.size()) * chunk;
-      by_panels(group.part, group.col, group.cols, size, first, std::min(first + chunk, op_.m));
+    const std::int64_t chunks = divide_up(op_.m, chunk);
+    const std::vector<Group> panels = groups(kGroupBytes, kManyTasks);
+    parallel_(panels.size() * static_cast<std::size_t>(chunks), [&](std::size_t task) {
+      const Group& group = panels[task % panels.size()];
+      const std::int64_t first = static_cast<std::int64_t>(task / panels.size()) * chunk;
+      multiply(group, first, std::min(first + chunk, op_.m));
     });
   }
 
-  // Columns of one part, or of a gated pair, against the rows first .. last.
-  void by_panels(int p, std::int64_t col, std::int64_t cols, std::int64_t size, std::int64_t first,
-                 std::int64_t last) const {
-    const int pair = op_.gated ? 2 : 1;
-    const std::int64_t panels = (cols + kPanel - 1) / kPanel;
-    std::int8_t* packed = thread_buffer(1, static_cast<std::size_t>(pair * panels * size));
-    for (int i = 0; i < pair; ++i)
-      level_.pack(op_.parts[p + i].q + col, op_.parts[p + i].n, op_.k, static_cast<int>(cols),
-                  packed + i * panels * size, size);
+  // Panels of one part, or of a gated pair, against the rows first .. last.
+  void multiply(const Group& group, std::int64_t first, std::int64_t last) const {
+    alignas(64) std::int32_t acc[2][2][kBlockRows * kPanel];  // one is written while the other one is finished
+    Epilogue pending[2];
+    const Epilogue* before = nullptr;
+    int turn = 0;
+    const std::int64_t blocks = divide_up(last - first, kBlockRows), lines = divide_up(32, blocks);
+    const int width = level_.width;
     if (level_.begin != nullptr) level_.begin();
-    for (std::int64_t panel = 0; panel < panels; ++panel) {
-      const std::int64_t at = col + panel * kPanel;
-      const int width = static_cast<int>(std::min<std::int64_t>(kPanel, col + cols - at));
-      for (std::int64_t row = first; row < last; row += kBlockRows) {
-        alignas(64) std::int32_t acc[2][kBlockRows * kPanel];
-        const int count = static_cast<int>(std::min<std::int64_t>(kBlockRows, last - row));
-        for (int i = 0; i < pair; ++i)
-          level_.block(rows_.a + row * rows_.stride, rows_.stride, rows_.sum + row, count, op_.k,
-                       packed + (i * panels + panel) * size, acc[i]);
-        Epilogue end = epilogue(p, row, count, at, width);
-        end.acc = acc[0], end.ld = kPanel;
-        if (op_.gated) end.up_acc = acc[1];
-        level_.finish(end);
+    for (std::int64_t col = group.first * kPanel; col < group.last * kPanel; col += width) {
+      for (std::int64_t b = 0; b < blocks; ++b, turn ^= 1) {
+        const std::int64_t at = first + b * kBlockRows;
+        const int count = static_cast<int>(std::min<std::int64_t>(kBlockRows, last - at));
+        pending[turn] = epilogue(group.part, col, width, at, count, acc[turn]);
+        for (int p = 0; p < pair(); ++p) {
+          const PackedWeight& weight = *op_.parts[group.part + p].weight;
+          const std::int64_t bytes = weight.panel_bytes() / kPanel * width;
+          const std::int8_t* packed = weight.panel(col / kPanel) + col % kPanel / width * bytes;
+          const std::int64_t next = col + width;
+          const std::int8_t* after = weight.panel(next / kPanel) + next % kPanel / width * bytes;
+          Ahead ahead{after + b * lines * bytes / 32, 0, pending[turn].out, pending[turn].ldo, p == 0 ? count : 0};
+          // The next columns are fetched by and by: as many lines in a step as it reads, divided by blocks.
+          if (next < group.last * kPanel && b * lines < 32) ahead.lines = static_cast<int>(lines);
+          level_.block(row(at), rows_.stride, count, op_.k, packed, &weight.sum[col], acc[turn][p],
+                       p == 0 ? before : nullptr, ahead);
+        }
+        before = &pending[turn];
       }
     }
     if (level_.end != nullptr) level_.end();
+    if (before != nullptr) level_.finish(*before);
   }
 
-  Epilogue epilogue(int p, std::int64_t row, int rows, std::int64_t col, int cols) const {
+  template <int N>
+  Epilogue epilogue(int p, std::int64_t col, int cols, std::int64_t row, int rows, const std::int32_t (*acc)[N]) const {
     const LinearPart& part = op_.parts[p];
     Epilogue end{};
-    end.rows = rows, end.cols = cols, end.row_scale = rows_.scale + row;
+    end.acc = acc[0];
+    end.ld = cols, end.rows = rows;
+    end.cols = static_cast<int>(std::clamp<std::int64_t>(part.weight->n - col, 0, cols));
+    end.row_scale = rows_.scale + row;
     end.scale = part.scale + col, end.bias = part.bias == nullptr ? nullptr : part.bias + col;
     if (op_.gated) {
       const LinearPart& up = op_.parts[p + 1];
+      end.up_acc = acc[1];
       end.up_scale = up.scale + col, end.up_bias = up.bias == nullptr ? nullptr : up.bias + col;
     }
-    end.ldo = part.n, end.out = part.out + row * part.n + col;
-    if (op_.residual != nullptr) end.residual = op_.residual + row * part.n + col;
+    end.ldo = part.weight->n, end.out = part.out + row * end.ldo + col;
+    if (op_.residual != nullptr) end.residual = op_.residual + row * end.ldo + col;
     return end;
   }
 
   const Linear& op_;
   const LinearLevel& level_;
   const Parallel& parallel_;
+  const Scratch& scratch_;
   Rows rows_{};
 };
 
 }  // namespace
+
+std::vector<PackedWeight> pack_weights(const std::vector<Matrix>& matrices, bool gated, const LinearLevel& level) {
+  constexpr std::int64_t kColumns = 8 * kPanel;  // at once: pieces of a row that memory is read in
+  std::vector<PackedWeight> packed;
+  for (const Matrix& matrix : matrices) {
+    const std::int64_t panels = divide_up(matrix.n, kPanel), bytes = round_up(matrix.k, 64) * kPanel;
+    const bool second = gated && !packed.empty();
+    const std::int64_t apart = gated ? 2 * bytes : bytes;
+    const Block block = second ? packed[0].panels.behind(static_cast<std::size_t>(bytes))
+                               : Block(static_cast<std::size_t>(apart * panels));
+    packed.push_back({matrix.k, matrix.n, apart, block,
+                      std::vector<std::int32_t>(static_cast<std::size_t>(panels * kPanel))});
+    PackedWeight& weight = packed.back();
+    on_all_cores(static_cast<std::size_t>(divide_up(matrix.n, kColumns)), [&](std::size_t index) {
+      const std::int64_t col = static_cast<std::int64_t>(index) * kColumns;
+      level.pack(matrix.q + col, matrix.n, matrix.k, std::min(kColumns, matrix.n - col),
+                 block.as<std::int8_t>() + col / kPanel * apart, apart, &weight.sum[static_cast<std::size_t>(col)]);
+    });
+  }
+  return packed;
+}
 
 const LinearLevel* find_linear_level(const char* name) {
 #if defined(__x86_64__)

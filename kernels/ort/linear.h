@@ -1,28 +1,52 @@
 // Linear layers with int8 weights on plain arrays: y = x W * scale + bias + residual, and the gated pair of a SwiGLU.
 //
 // Each row of x is quantised by its own largest magnitude: a = rint(127 x / max|x|). Integer sums are exact, so that
-// every level gives the same ones. Weights are read as a bundle holds them, [K, N] row after row, and never copied as a
-// whole: few rows run straight over them, many rows over panels of 64 columns that are packed when they are needed.
+// every level gives the same ones. Weights are packed once, when a session makes its kernels, in an order of the level.
 #pragma once
 
 #include <cstdint>
 
+#include <vector>
+
 #include "attention.h"
+#include "memory.h"
 
 namespace vlrt {
 
-constexpr int kPanel = 64;      // columns that are multiplied at once
+constexpr int kPanel = 64;      // columns that lie together
 constexpr int kBlockRows = 32;  // rows that are multiplied with a panel at once
-constexpr int kFewRows = 4;     // up to so many run over weights that are not packed
+constexpr int kFewRows = 16;    // up to so many memory bounds, not products
 constexpr int kMaxParts = 3;
+
+struct LinearLevel;
+
+// A weight matrix [k, n] in panels of kPanel columns, zero behind k and n. Those of a gated pair alternate, so that
+// both are read as one stream.
+struct PackedWeight {
+  std::int64_t panel_bytes() const { return (k + 63) / 64 * 64 * kPanel; }
+  const std::int8_t* panel(std::int64_t index) const { return panels.as<std::int8_t>() + index * apart; }
+
+  std::int64_t k, n;
+  std::int64_t apart;  // bytes from one panel to the next
+  Block panels;
+  std::vector<std::int32_t> sum;  // [n up to a panel], of columns
+};
+
+// [k, n], row after row.
+struct Matrix {
+  const std::int8_t* q;
+  std::int64_t k, n;
+};
+
+// Packs the matrices of one op, which are not needed any more after that.
+std::vector<PackedWeight> pack_weights(const std::vector<Matrix>& matrices, bool gated, const LinearLevel& level);
 
 // One weight matrix with its own output [M, n].
 struct LinearPart {
-  std::int64_t n;
-  const std::int8_t* q;  // [K, n]
-  const float* scale;    // [n]
-  const float* bias;     // [n], or null
-  float* out;            // [M, n]; null for the second part of a gated pair
+  const PackedWeight* weight;
+  const float* scale;  // [n]
+  const float* bias;   // [n], or null
+  float* out;          // [M, n]; null for the second part of a gated pair
 };
 
 struct Linear {
@@ -39,40 +63,50 @@ struct Rows {
   std::int8_t* a;       // [M, stride], zero behind K
   std::int64_t stride;  // bytes; a multiple of 64
   float* scale;         // [M], max|x| / 127
-  std::int32_t* sum;    // [M], of a
 };
 
-// What is made of sums [rows, kPanel] of one panel, or of `ld` columns: where they go, and what joins them.
+// What is made of sums [rows, ld] of some columns: where they go, and what joins them.
 struct Epilogue {
   const std::int32_t* acc;
   const std::int32_t* up_acc;  // of the second part of a gated pair, or null
-  std::int64_t ld;             // of acc
-  int rows, cols;
-  const float* row_scale;             // [rows]
-  const float *scale, *bias;          // [cols]; bias may be null
-  const float *up_scale, *up_bias;    // likewise
-  const float* residual;              // rows ldo apart, or null
+  int ld, rows, cols;
+  const float* row_scale;           // [rows]
+  const float *scale, *bias;        // [cols]; bias may be null
+  const float *up_scale, *up_bias;  // likewise
+  const float* residual;            // rows ldo apart, or null
   float* out;
   std::int64_t ldo;
+};
+
+// What is fetched from memory meanwhile: so many cache lines from `at` on in each step of 64 k, and the places of
+// `rows` rows of the output, ldo apart.
+struct Ahead {
+  const std::int8_t* at;
+  int lines;
+  float* out;
+  std::int64_t ldo;
+  int rows;
 };
 
 // Kernels of one instruction set. Plain types only, for the reason that tile.h gives.
 struct LinearLevel {
   const char* name;
-  // One row x [k] -> a [stride], its scale and its sum.
-  void (*quantise)(const float* x, std::int64_t k, std::int64_t stride, std::int8_t* a, float* scale,
-                   std::int32_t* sum);
-  // acc [m, ld] = a [m, k] q [k, cols], whose rows are n apart; m <= kFewRows.
-  void (*few)(const std::int8_t* a, std::int64_t stride, const std::int32_t* sum, int m, std::int64_t k,
-              const std::int8_t* q, std::int64_t n, int cols, std::int32_t* acc, std::int64_t ld);
-  // Panels of packed, each [steps of 4 k][kPanel][4] and `size` bytes = q [k, cols], whose rows are n apart; zero
-  // elsewhere, up to a multiple of 64 k.
-  void (*pack)(const std::int8_t* q, std::int64_t n, std::int64_t k, int cols, std::int8_t* packed, std::int64_t size);
-  // acc [rows, kPanel] = a [rows, k] packed; rows <= kBlockRows, of which all may be read.
-  void (*block)(const std::int8_t* a, std::int64_t stride, const std::int32_t* sum, int rows, std::int64_t k,
-                const std::int8_t* packed, std::int32_t* acc);
+  bool tiled;  // kBlockRows rows lie together, 64 k of each; else rows lie one after the other
+  int width;   // columns that `block` takes: a panel or a part of it, which lie together
+  // One row x [k] -> a and its scale; 64 k lie together, `step` bytes from the next.
+  void (*quantise)(const float* x, std::int64_t k, std::int8_t* a, std::int64_t step, float* scale);
+  // Panels of packed, `apart` bytes from each other, = q [k, cols], whose rows are n apart; sum [cols up to a panel].
+  void (*pack)(const std::int8_t* q, std::int64_t n, std::int64_t k, std::int64_t cols, std::int8_t* packed,
+               std::int64_t apart, std::int32_t* sum);
+  // acc [m, kPanel] = a [m, k] packed; m <= kFewRows, of which all may be read and written.
+  void (*few)(const std::int8_t* a, std::int64_t stride, int m, std::int64_t k, const std::int8_t* packed,
+              const std::int32_t* sum, std::int32_t* acc);
+  // acc [rows, width] = a [rows, k] packed; rows <= kBlockRows, of which all may be read. On the way it finishes what
+  // is pending, where that is not null.
+  void (*block)(const std::int8_t* a, std::int64_t stride, int rows, std::int64_t k, const std::int8_t* packed,
+                const std::int32_t* sum, std::int32_t* acc, const Epilogue* pending, Ahead ahead);
   void (*finish)(const Epilogue& epilogue);
-  void (*begin)();  // before the first block of a task; null: nothing to do
+  void (*begin)();  // before a task; null: nothing to do
   void (*end)();
 };
 

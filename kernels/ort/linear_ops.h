@@ -6,7 +6,7 @@
 
 namespace vlrt {
 
-// Inputs: x, then weight (int8), scale and perhaps bias of each part, then perhaps a residual.
+// Inputs: x, then weight (int8 [K, N], a constant), scale and perhaps bias of each part, then perhaps a residual.
 struct LinearVariant {
   const char* name;
   int num_parts;
@@ -26,6 +26,16 @@ constexpr LinearVariant kLinearVariants[] = {
     {"QuantizedSwiGLUBias", 2, true, true, false},
 };
 
-void run_linear(const LinearVariant& variant, const LinearLevel& level, OrtKernelContext* context);
+// One op of a graph: its weights are constants of the graph, packed once.
+class LinearKernel : public Kernel {
+ public:
+  LinearKernel(const LinearVariant& variant, const LinearLevel& level, const OrtKernelInfo* info);
+  void run(OrtKernelContext* context) override;
+
+ private:
+  const LinearVariant& variant_;
+  const LinearLevel& level_;
+  std::vector<PackedWeight> weights_;
+};
 
 }  // namespace vlrt
