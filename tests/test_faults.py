@@ -123,6 +123,20 @@ def test_writing_that_is_killed_anywhere_is_put_right_by_the_next(small, tmp_pat
     assert any("was put back" in words for words in seen) == before
 
 
+@pytest.mark.parametrize("step", ["fcntl.flock", "os.rename"])
+@pytest.mark.parametrize("suffix", [unfinished.PARTIAL, unfinished.OLD])
+def test_a_signal_between_two_steps_of_making_a_directory_leaves_none(tmp_path, monkeypatch, step, suffix):
+    """Catches a directory that is made before anyone answers for it."""
+
+    def stop(*_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(f"vlrt.unfinished.{step}", stop)
+    with pytest.raises(SystemExit), unfinished.held(tmp_path / "x.vlrt", suffix):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_opening_says_what_an_export_left(small, tmp_path):
     """Catches "is not a bundle" where the bundle is there under a hidden name."""
     out = tmp_path / "x.vlrt"

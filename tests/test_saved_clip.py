@@ -387,6 +387,19 @@ def test_a_temporary_file_that_was_taken_for_stale_is_made_anew(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_goes_while_one_looks_for_stale_ones_is_no_error(model, tokenizer, tmp_path, monkeypatch):
+    """Catches a save that fails because another one put its file in place in that moment."""
+    (tmp_path / ".a.clip.0.partial").touch()
+    regular = saved_clip._is_regular
+
+    def gone(path):
+        path.unlink()
+        return regular(path)
+
+    monkeypatch.setattr(saved_clip, "_is_regular", gone)
+    assert saved_clip.save(tmp_path / "a.clip", remembered(model, tokenizer, 1.0), ORIGIN).removed == ()
+
+
 def test_many_threads_save_to_one_path(model, tokenizer, tmp_path, load):
     """Catches a file made of two."""
     path, errors = tmp_path / "a.clip", []

@@ -273,8 +273,6 @@ def writing(out: Path) -> Iterator[Path]:
             raise ExportError(
                 f"cannot write {out}: {error.strerror or error}; free space or choose another -o"
             ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def hash_files(directory: Path) -> dict[str, FileRecord]:

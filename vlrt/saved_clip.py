@@ -153,11 +153,14 @@ def _temporary(out: Path) -> Iterator[IO[bytes]]:
 def _remove_stale(out: Path) -> Iterator[Path]:
     """Remove temporary siblings whose writers are gone, and yield them."""
     for path in sorted(out.parent.iterdir()):
-        if path.name.startswith(f".{out.name}.") and path.name.endswith(".partial") and _is_regular(path):
-            with path.open("rb") as file:
-                if _lock(file):
-                    path.unlink(missing_ok=True)
-                    yield path
+        if not path.name.startswith(f".{out.name}.") or not path.name.endswith(".partial"):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another save has put it in place, or removed it
+            if _is_regular(path):
+                with path.open("rb") as file:
+                    if _lock(file):
+                        path.unlink()
+                        yield path
 
 
 def _lock(file: IO[bytes]) -> bool:

@@ -6,8 +6,8 @@ that nobody holds are left over. Knows directories; no manifest. Without `fcntl`
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,18 +24,27 @@ PARTIAL, OLD = ".partial", ".old"  # what is being written; what is being replac
 def held(out: Path, suffix: str) -> Iterator[Path]:
     """Make a directory beside `out`, `.<name>.<random><suffix>`, and hold it while the block runs.
 
+    It is removed at the end, whatever ends the block; one with suffix OLD only if it is empty.
+
     Raises:
         OSError: it cannot be made.
     """
-    made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".new", dir=out.parent))
-    path = made.with_suffix(suffix)
-    lock = os.open(made, os.O_RDONLY) if fcntl is not None else None
-    try:
-        if lock is not None:
+    made = out.parent / f".{out.name}.{secrets.token_hex(8)}.new"
+    path, lock = made.with_suffix(suffix), None
+    try:  # from here on: a signal may come between any two steps
+        made.mkdir(mode=0o700)
+        if fcntl is not None:
+            lock = os.open(made, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX)
         os.rename(made, path)  # only now is it seen by `recover`
         yield path
     finally:
+        if suffix == OLD:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
         if lock is not None:
             os.close(lock)
 
