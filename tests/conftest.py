@@ -11,6 +11,20 @@ from vlrt import fresh
 from vlrt.backends import ort_library
 from vlrt.checkpoint import Checkpoint
 
+# What takes longest comes first, so that at the end no worker is left alone with it.
+LONGEST = [
+    "pretrained",
+    "export",
+    "reproduce",
+    "train_loop",
+    "benches",
+    "cli",
+    "kernels_compile",
+    "train_kills",
+    "train_cli",
+    "together",
+]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a machine that should have the C++ library, or a browser, say so."""
@@ -21,6 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what takes minutes unless `--soak` asks for it; each has a short version that always runs."""
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     if not config.getoption("--soak"):
         long = [item for item in items if "soak" in item.keywords]
         config.hook.pytest_deselected(items=long)
