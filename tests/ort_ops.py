@@ -9,14 +9,17 @@ from onnx import TensorProto, helper
 from tests.native import ROOT, build
 from vlrt.backends import ort_library
 
-__all__ = ["ROOT", "build", "doubled", "run", "session", "video_inputs"]
+__all__ = ["ROOT", "build", "doubled", "lane_bias", "run", "session", "video_inputs"]
 VIDEO = ({"q": 4, "k": 4, "v": 4, "cos": 2, "sin": 2, "k_cache": 4, "v_cache": 4, "past_length": 0}, ("out", "k", "v"))
+LANE = ({**VIDEO[0], "bias": 4}, VIDEO[1])
 SEGMENT = ({"q": 3, "k": 3, "v": 3, "cos": 2, "sin": 2, "cu_seqlens": 1}, ("out",))
+
+OPS = {"VideoAttention": VIDEO, "LaneAttention": LANE, "SegmentAttention": SEGMENT}
 
 
 def session(library: ort_library.Library, op: str, simd: str = "auto", threads: int = 2) -> Any:
     """A graph of one of our ops, with sizes free."""
-    ranks, outputs = VIDEO if op == "VideoAttention" else SEGMENT
+    ranks, outputs = OPS[op]
     kinds = {name: TensorProto.INT32 if name in ("past_length", "cu_seqlens") else TensorProto.FLOAT for name in ranks}
     inputs = [helper.make_tensor_value_info(n, kinds[n], [f"{n}{i}" for i in range(r)]) for n, r in ranks.items()]
     values = [helper.make_tensor_value_info(f"{n}_new", TensorProto.FLOAT, None) for n in outputs]
@@ -55,3 +58,11 @@ def video_inputs(num_new: int, past: int, heads: int, kv_heads: int, dim: int, b
     for cache in caches:
         cache[:, :, past:] = torch.nan
     return q, k, v, angles.cos(), angles.sin(), *caches, torch.tensor(past, dtype=torch.int32)
+
+
+def lane_bias(num_new: int, past: int, first: int) -> torch.Tensor:
+    """Bias [1, 1, S, past + S] of three lanes in turn: they share the first slots and hide those of others."""
+    lanes = torch.arange(past + num_new) % 3
+    hidden = (lanes[past:, None] != lanes) & (torch.arange(past + num_new) >= first)
+    generator = torch.Generator().manual_seed(num_new)
+    return torch.randn(hidden.shape, generator=generator).masked_fill(hidden, -torch.inf)[None, None]

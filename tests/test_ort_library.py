@@ -14,7 +14,7 @@ import torch
 
 from tests.bundles import QUESTION, QUICK, plain_vision, square
 from tests.closeness import assert_close
-from tests.ort_ops import ROOT, build, doubled, run, session, video_inputs
+from tests.ort_ops import ROOT, build, doubled, lane_bias, run, session, video_inputs
 from vlrt import doctor, prompt
 from vlrt.backends import ort_library
 from vlrt.backends.ort import OrtBackend
@@ -55,6 +55,32 @@ def test_video_attention_is_the_reference(library, level, num_new, past, heads, 
     for cache, want, also in zip(out[1:], exact[1:], plain[1:], strict=True):
         assert_close(cache[:, :, used], want[:, :, used], also[:, :, used])
         assert cache[:, :, past + num_new :].isnan().all()
+
+
+@pytest.mark.parametrize(("num_new", "past"), [(1, 5), (3, 777), (8, 2600), (63, 0), (123, 300)])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (7, 1, 128), (3, 1, 18)])
+def test_lane_attention_is_the_reference(library, level, num_new, past, heads, kv_heads, dim):
+    """Catches a bias that goes to another row or key, hidden slots that count, and causality that a bias undoes."""
+    given = video_inputs(num_new, past, heads, kv_heads, dim)
+    bias = lane_bias(num_new, past, first=past // 2)
+    exact = reference.video_attention(*doubled(given), bias.double())
+    out = run(session(library, "LaneAttention", level), *given, bias)
+    assert_close(out[0], exact[0], reference.video_attention(*given, bias)[0])
+
+
+def test_without_a_bias_lane_attention_is_video_attention(library, level):
+    given = video_inputs(70, 300, 4, 2, 64)
+    lanes = run(session(library, "LaneAttention", level), *given, torch.zeros(1, 1, 0, 0))
+    used = slice(0, 370)
+    for mine, other in zip(lanes, run(session(library, "VideoAttention", level), *given), strict=True):
+        assert torch.equal(*((x if x.shape[1] == 70 else x[:, :, used]) for x in (mine, other)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 8), (1, 1, 4, 7), (1, 2, 3, 7)])
+def test_a_bias_that_does_not_fit_is_refused_in_words(library, shape):
+    """Catches a read behind the end of a bias."""
+    with pytest.raises(Exception, match=r"bias is \[.*\], expected \[1, 1, 3, 7\]"):
+        run(session(library, "LaneAttention"), *video_inputs(3, 4, 2, 2, 16), torch.zeros(shape))
 
 
 @pytest.mark.parametrize("num_new", [1, 32])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.closeness import assert_close
-from tests.ort_ops import doubled, run, session, video_inputs
+from tests.ort_ops import doubled, lane_bias, run, session, video_inputs
 from vlrt import doctor
 from vlrt.backends import ort_library
 from vlrt.kernels import reference
@@ -36,7 +36,7 @@ def plain_attention(q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
     k, v = (rounded(x).repeat_interleave(groups, dim=2).transpose(1, 2) for x in (k, v))
     scores = rounded(q * q.shape[-1] ** -0.5).transpose(1, 2) @ k.transpose(-1, -2)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     return (rounded(weights) @ v / weights.sum(-1, keepdim=True)).transpose(1, 2)
 
@@ -72,6 +72,15 @@ def test_video_attention_errs_as_bf16_does(library, coarse, plain, num_new, past
         assert_close(cache[:, :, used], want[:, :, used])
         assert torch.equal(cache[:, :, :past], before[:, :, :past])
         assert cache[:, :, past + num_new :].isnan().all()
+
+
+@pytest.mark.parametrize(("num_new", "past"), [(64, 5), (123, 777), (16, 2600)])
+def test_lane_attention_errs_as_bf16_does(library, coarse, plain, num_new, past):
+    """Catches a bias that goes to another row or key, and hidden slots that count."""
+    given = (*video_inputs(num_new, past, 14, 2, 64), lane_bias(num_new, past, first=past // 2))
+    out = run(session(library, "LaneAttention", coarse), *given)[0]
+    expected = plain(reference.video_attention, given)
+    assert_close(out, reference.video_attention(*doubled(given))[0], expected, torch.bfloat16)
 
 
 def test_a_long_cache_is_divided_among_tasks(library, coarse, plain):

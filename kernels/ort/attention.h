@@ -1,4 +1,4 @@
-// The two attention ops on plain arrays: what is a tile, and which thread does it. Formulas: kernels/reference.py.
+// The attention ops on plain arrays: what is a tile, and which thread does it. Formulas: kernels/reference.py.
 #pragma once
 
 #include <cstddef>
@@ -21,6 +21,7 @@ struct VideoAttention {
   const float* v;    // [B, S, H_kv, D]
   const float* cos;  // [M, D/2]
   const float* sin;  // [M, D/2]
+  const float* bias;  // [S, past_length + S], added to the scores of all heads; null: nothing
   float* k_cache;    // [B, H_kv, M, D], slots below past_length are filled
   float* v_cache;    // [B, H_kv, M, D]
   float* out;        // [B, S, H, D]

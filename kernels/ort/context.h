@@ -124,6 +124,7 @@ class Kernel {
 
 // The ops: inputs are checked, then computed on.
 void run_video_attention(const Level& level, OrtKernelContext* context);
+void run_lane_attention(const Level& level, OrtKernelContext* context);
 void run_segment_attention(const Level& level, OrtKernelContext* context);
 
 }  // namespace vlrt

@@ -122,6 +122,9 @@ struct Domain {
   Domain(const vlrt::Level* level, const vlrt::LinearLevel* int8) {
     check(api->CreateCustomOpDomain("vlrt", &domain));
     add("VideoAttention", attention_inputs(7), 3, plain(vlrt::run_video_attention, *level));
+    auto lane_inputs = attention_inputs(7);
+    lane_inputs.push_back(kFloat);
+    add("LaneAttention", std::move(lane_inputs), 3, plain(vlrt::run_lane_attention, *level));
     add("SegmentAttention", attention_inputs(5), 1, plain(vlrt::run_segment_attention, *level));
     if (int8 == nullptr) return;
     for (const vlrt::LinearVariant& variant : vlrt::kLinearVariants)

@@ -13,7 +13,9 @@ void require_head_dim(std::int64_t dim) {
 
 }  // namespace
 
-void run_video_attention(const Level& level, OrtKernelContext* given) {
+namespace {
+
+void attend(const Level& level, OrtKernelContext* given, bool biased) {
   Context context(given);
   std::vector<std::int64_t> q, k, v, cos, sin, k_cache, v_cache;
   VideoAttention op{};
@@ -43,6 +45,16 @@ void run_video_attention(const Level& level, OrtKernelContext* given) {
   if (op.past_length < 0 || op.past_length + op.num_new > op.num_slots)
     throw std::runtime_error("past_length is " + std::to_string(op.past_length) + " and " + std::to_string(op.num_new) +
                              " positions come, in a cache of " + std::to_string(op.num_slots) + " slots");
+  if (biased) {
+    std::vector<std::int64_t> shape;
+    const float* bias = context.input<float>(8, &shape);
+    std::int64_t count = 1;
+    for (const std::int64_t size : shape) count *= size;
+    if (count > 0) {
+      require("bias", shape, {1, 1, op.num_new, op.past_length + op.num_new});
+      op.bias = bias;
+    }
+  }
   op.out = context.output(0, q);
   op.k_cache = context.output(1, k_cache);
   op.v_cache = context.output(2, v_cache);
@@ -51,6 +63,12 @@ void run_video_attention(const Level& level, OrtKernelContext* given) {
   if (op.v_cache != past_v) std::copy(past_v, past_v + count, op.v_cache);
   video_attention(op, level, context.parallel(), context.scratch());
 }
+
+}  // namespace
+
+void run_video_attention(const Level& level, OrtKernelContext* context) { attend(level, context, false); }
+
+void run_lane_attention(const Level& level, OrtKernelContext* context) { attend(level, context, true); }
 
 void run_segment_attention(const Level& level, OrtKernelContext* given) {
   Context context(given);

@@ -18,6 +18,7 @@ struct Tile {
   const float* const* cos;  // rows [D/2]
   const float* const* sin;
   const std::int64_t* limit;  // keys from this one on are hidden from the row; never decreases from row to row
+  const float* const* bias;   // rows [limit], added to scores; null: nothing
   int num_rows;
   int head_dim;
   const float* keys;    // [last, D], rotated

@@ -216,6 +216,16 @@ inline __m512 look(float* scores, int count, std::int32_t seen) {
   return _mm512_max_ps(top[0], top[1]);
 }
 
+// Adds the bias of as many keys as are left, of `count`, to a row of scores.
+inline void add_bias(const float* bias, std::int64_t left, int count, float* scores) {
+  const __m512 hidden = _mm512_set1_ps(kHidden), base = _mm512_set1_ps(kLog2e);
+  for (int k = 0; k < count && k < left; k += kLanes) {
+    const __m512 more = _mm512_maskz_loadu_ps(lanes_below(left - k), bias + k);
+    const __m512 sum = _mm512_fmadd_ps(more, base, _mm512_load_ps(scores + k));
+    _mm512_store_ps(scores + k, _mm512_max_ps(hidden, sum));  // which is the sum where that is no number
+  }
+}
+
 // Turns a row of `count` scores into weights in bf16, and adds them to `sum` by lane.
 inline void weigh(float* scores, int count, float maximum, float decay, float* sum) {
   const __m512 shift = _mm512_set1_ps(maximum);
@@ -282,6 +292,10 @@ void run(const Tile& tile) {
   for (int first = 0; first < num_blocks; first += kBlocks) {
     const int blocks = num_blocks - first < kBlocks ? num_blocks - first : kBlocks;
     for (int i = 0; i < blocks; ++i) score<R>(work.q, packed + i * size, steps, work.scores + i * kBlock);
+    if (tile.bias != nullptr)
+      for (int r = 0; r < tile.num_rows; ++r)
+        add_bias(tile.bias[r] + tile.first + first * kBlock, tile.limit[r] - tile.first - first * kBlock,
+                 blocks * kBlock, work.scores + r * kKeys);
     const bool masked = work.seen[0] < (first + blocks) * kBlock;
     (masked ? soften<true> : soften<false>)(R * kLanes, first * kBlock, blocks, padded, work);
     const std::uint16_t* values = packed + size / 2;

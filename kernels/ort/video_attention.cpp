@@ -99,6 +99,7 @@ void attend(const VideoAttention& op, const Level& level, const Plan& plan, cons
   const std::int64_t b = kv / op.num_kv_heads, kv_head = kv % op.num_kv_heads;
   const std::int64_t lo = plan.tiling.lo(index), num_rows = plan.tiling.hi(index) - lo;
   const float *q[kMaxRows], *cos[kMaxRows], *sin[kMaxRows];
+  const float* bias[kMaxRows];
   float* out[kMaxRows];
   std::int64_t limit[kMaxRows];
   for (std::int64_t r = 0; r < num_rows; ++r) {
@@ -109,13 +110,14 @@ void attend(const VideoAttention& op, const Level& level, const Plan& plan, cons
     cos[r] = op.cos + slot * dim / 2;
     sin[r] = op.sin + slot * dim / 2;
     limit[r] = slot + 1;
+    bias[r] = op.bias == nullptr ? nullptr : op.bias + position * (op.past_length + op.num_new);
     out[r] = plan.parts == 1 ? op.out + row : partial.out + (task * kMaxRows + r) * dim;
   }
   const std::int64_t length = op.past_length + (lo + num_rows - 1) / plan.group + 1, offset = kv * op.num_slots * dim;
   float* maximum = plan.parts == 1 ? nullptr : partial.maximum + task * kMaxRows;
   float* sum = plan.parts == 1 ? nullptr : partial.sum + task * kMaxRows;
   (plan.bf16 == nullptr ? level.attend : plan.bf16->attend)(
-      {q, cos, sin, limit, static_cast<int>(num_rows), static_cast<int>(dim), op.k_cache + offset, op.v_cache + offset,
+      {q, cos, sin, limit, op.bias == nullptr ? nullptr : bias, static_cast<int>(num_rows), static_cast<int>(dim), op.k_cache + offset, op.v_cache + offset,
        dim, packed.blocks + kv * packed.num_blocks * packed_size(dim), plan.bound(length, part),
        plan.bound(length, part + 1), out, maximum, sum});
 }
