@@ -1,12 +1,13 @@
 """Latents against a written chain of thought: the same backbone, video, question and machine, in turn.
 
     python -m benches.bench_latent_vs_cot [--shape small] [--precision int8] [--frames 16] [--rounds 5]
-        [--latents 8] [--cot-tokens 128 256 384 512 1024] [--hf-tokens 384]
+        [--latents 8] [--parallel-rounds 2] [--cot-tokens 128 256 384 512 1024] [--hf-tokens 384]
 
 Time to answer from the path of a video file to the last token, warm, of vlrt answering directly, after latents and
 after chains; and of Hugging Face transformers (bf16, SDPA) directly and after a chain, on the same checkpoint.
 Reasoning overhead: time with reasoning less time of answering directly; its ratio, chain over latents. End to end: time
-to answer, chain over latents. Weights are random: lengths are forced, the answer to 4 tokens.
+to answer, chain over latents. Weights are random: lengths are forced, the answer to 4 tokens. Latents are rolled out
+one after the other; a second bundle has the parallel rollout in a few rounds, each of which is one pass for all.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from vlrt.bench import QUESTION
 from vlrt.quantiles import quantiles
 
 ANSWER_TOKENS = 4
-HF = "hf-bf16"
+HF, PARALLEL = "hf-bf16", "vlrt-parallel"
 Case = tuple[str, str, int]  # engine, reasoning, tokens of the chain
 Samples = dict[Case, list[dict[str, Any]]]
 
@@ -44,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
         bundle = material.bundle(args.shape, args.precision)
         settings = {"bundle": str(bundle), "threads": args.threads, "num_latents": args.latents}
         engines = {"vlrt": Client("vlrt_engine", settings, threads=args.threads, log=Path(logs, "vlrt.log"))}
+        if args.parallel_rounds and args.latents == material.PARALLEL_LATENTS:
+            other = material.bundle(args.shape, args.precision, args.parallel_rounds)
+            settings = {"bundle": str(other), "threads": args.threads}
+            engines[PARALLEL] = Client("vlrt_engine", settings, threads=args.threads, log=Path(logs, "parallel.log"))
         try:
             if args.hf_tokens:
                 peer = peers.PEERS[HF]
@@ -65,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         precision=args.precision,
         threads=args.threads,
         num_latents=args.latents,
+        parallel_rounds=args.parallel_rounds if PARALLEL in described else 0,
         answer_tokens=ANSWER_TOKENS,
         lengths="forced: the weights are random",
         results=results,
@@ -85,6 +91,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cot-rounds", type=int, default=1, help="rounds that also write chains: they take long")
     parser.add_argument("--latents", type=int, default=8)
+    parser.add_argument("--parallel-rounds", type=int, default=2, help="of the parallel rollout, of 8 latents; 0: none")
     parser.add_argument("--cot-tokens", nargs="+", type=int, default=[128, 256, 384, 512, 1024])
     parser.add_argument("--hf-tokens", type=int, default=384, help="of transformers' chain; 0: none")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -94,6 +101,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _measure(args: argparse.Namespace, engines: dict[str, Client], num_frames: int, console: Console) -> Samples:
     quick: list[Case] = [("vlrt", "direct", 0), ("vlrt", "latent", 0)]
+    if PARALLEL in engines:
+        quick.append((PARALLEL, "latent", 0))
     chains: list[Case] = [("vlrt", "cot", tokens) for tokens in args.cot_tokens]
     if HF in engines:
         quick.append((HF, "direct", 0))
@@ -133,10 +142,18 @@ def rows(samples: Samples) -> list[dict[str, Any]]:
 
 
 def ratios(samples: Samples) -> dict[str, Any]:
-    """Return seconds that reasoning takes, and both ratios of each chain to vlrt's latents; None: lost in noise."""
+    """Return seconds that reasoning takes, and both ratios of each chain to vlrt's latents; None: lost in noise.
+
+    Of the parallel rollout, where it was asked: seconds, and the ratio of overheads of each chain.
+    """
     totals = {case: [reply["seconds"] for reply in replies] for case, replies in samples.items()}
     direct, latent = totals[("vlrt", "direct", 0)], totals[("vlrt", "latent", 0)]
-    overhead = statistics.median(b - a for a, b in zip(direct, latent, strict=True))  # asked one after the other
+
+    def beyond_direct(case: Case) -> float:  # of the same round
+        return statistics.median(b - a for a, b in zip(direct, totals[case], strict=True))
+
+    overhead = beyond_direct(("vlrt", "latent", 0))
+    parallel = beyond_direct((PARALLEL, "latent", 0)) if (PARALLEL, "latent", 0) in samples else None
     stage = statistics.median(reply["stages"]["latents"] for reply in samples[("vlrt", "latent", 0)])
     chains = []
     for case in (case for case in samples if case[1] == "cot"):
@@ -150,20 +167,35 @@ def ratios(samples: Samples) -> dict[str, Any]:
                 "overhead_seconds": over,
                 "overhead_ratio": over / overhead if overhead > 0 else None,
                 "overhead_ratio_to_stage": over / stage,
+                "overhead_ratio_to_parallel": over / parallel if parallel is not None and parallel > 0 else None,
             }
         )
-    return {"latent_overhead_seconds": overhead, "latent_stage_seconds": stage, "chains": chains}
+    return {
+        "latent_overhead_seconds": overhead,
+        "latent_stage_seconds": stage,
+        "parallel_overhead_seconds": parallel,
+        "chains": chains,
+    }
 
 
 def table(result: dict[str, Any]) -> Table:
     """Return the rows of one length of video, with the ratios of the chains."""
     made = Table(title=f"{result['num_frames']} frames: seconds to answer (medians); chains over latents")
-    for column in ("engine", "case", "rounds", "seconds", "end to end", "overhead", "overhead over stage latents"):
+    for column in (
+        "engine",
+        "case",
+        "rounds",
+        "seconds",
+        "end to end",
+        "overhead",
+        "over stage latents",
+        "over parallel",
+    ):
         made.add_column(column, justify="left" if column in ("engine", "case") else "right")
     chains = {(chain["engine"], chain["chain_tokens"]): chain for chain in result["chains"]}
     for row in result["rows"]:
         chain = chains.get((row["engine"], row["chain_tokens"]), {})
-        names = ("end_to_end_ratio", "overhead_ratio", "overhead_ratio_to_stage")
+        names = ("end_to_end_ratio", "overhead_ratio", "overhead_ratio_to_stage", "overhead_ratio_to_parallel")
         shown = [f"{chain[name]:.1f}" if chain.get(name) is not None else "" for name in names]
         made.add_row(row["engine"], row["case"], str(row["rounds"]), f"{row['seconds']['total']['median']:.3f}", *shown)
     return made

@@ -9,6 +9,7 @@ from pathlib import Path
 from vlrt import bench, fresh
 
 SECONDS, FPS, SIZE = 40, 8, 224
+PARALLEL_LATENTS = 8  # a query each, so that their number is fixed
 
 
 def cache() -> Path:
@@ -18,21 +19,32 @@ def cache() -> Path:
     return path
 
 
-def checkpoint(shape: str) -> Path:
-    """Return an untrained bf16 checkpoint of a shape, written where it is not in the cache yet."""
-    path = cache() / shape
+def checkpoint(shape: str, parallel_rounds: int = 0) -> Path:
+    """Return an untrained bf16 checkpoint of a shape, written where it is not in the cache yet.
+
+    Args:
+        shape: a key of `fresh.SHAPES`.
+        parallel_rounds: of the parallel rollout, with queries for 8 latents; 0: latents come one after the other.
+    """
+    path = cache() / (f"{shape}-parallel-{parallel_rounds}" if parallel_rounds else shape)
     if not (path / "config.json").is_file():
-        fresh.write_checkpoint(path, shape=shape, dtype="bfloat16")
+        rollout = (
+            {"rollout": "parallel", "rounds": parallel_rounds, "num_latents": PARALLEL_LATENTS}
+            if parallel_rounds
+            else {}
+        )
+        fresh.write_checkpoint(path, shape=shape, dtype="bfloat16", latent={**fresh.DEFAULT_LATENT, **rollout})
     return path
 
 
-def bundle(shape: str, precision: str) -> Path:
-    """Return a bundle of a shape, exported from a fresh bf16 checkpoint where it is not in the cache yet."""
-    out = cache() / f"{shape}-{precision}.vlrt"
+def bundle(shape: str, precision: str, parallel_rounds: int = 0) -> Path:
+    """Return a bundle, exported from a fresh bf16 checkpoint where it is not in the cache yet; see `checkpoint`."""
+    source = f"{shape}-parallel-{parallel_rounds}" if parallel_rounds else shape
+    out = cache() / f"{source}-{precision}.vlrt"
     if not out.exists():
         from vlrt.export import exporter  # brings torch, which must not count as memory of a bench
 
-        exporter.export(checkpoint(shape), out, precision=precision)
+        exporter.export(checkpoint(shape, parallel_rounds), out, precision=precision)
     return out
 
 

@@ -143,18 +143,20 @@ def _latents(found: Found) -> Iterator[str]:
         for row in result["rows"]:
             chain = chains.get((row["engine"], row["chain_tokens"]), {})
             seconds = f"{row['seconds']['total']['median']:.3f}"
-            names = ("end_to_end_ratio", "overhead_ratio", "overhead_ratio_to_stage")
+            names = ("end_to_end_ratio", "overhead_ratio", "overhead_ratio_to_stage", "overhead_ratio_to_parallel")
             shown = [_number(chain.get(name), "{:.1f}") for name in names]
             rows.append((row["engine"], row["case"], row["rounds"], seconds, *shown))
         tokens = found["answer_tokens"]
         yield f"{result['num_frames']} frames, {found['num_latents']} latents, answers of {tokens} tokens:"
         yield ""
         yield from _table(
-            ("engine", "", "rounds", "seconds", "end to end", "overhead", "overhead over stage latents"), rows
+            ("engine", "", "rounds", "seconds", "end to end", "overhead", "over stage latents", "over parallel"), rows
         )
         yield ""
     yield "Overhead: time with reasoning less time of answering directly, chain over latents. End to end: time to"
     yield "answer, chain over latents. The prompt of a chain asks for it in some more words, which count."
+    if found.get("parallel_rounds"):
+        yield f"vlrt-parallel: the parallel rollout in {found['parallel_rounds']} rounds, each a pass for all latents."
     yield from _absent(found)
 
 

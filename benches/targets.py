@@ -67,6 +67,13 @@ def _targets() -> Iterator[tuple[str, str, bool, float, Callable[[Any], float | 
         lambda f: _chain(f, "vlrt")["overhead_ratio"],
     )
     yield (
+        "the same, over 8 latents of the parallel rollout in two rounds",
+        "latent_vs_cot",
+        True,
+        100,
+        lambda f: _chain(f, "vlrt")["overhead_ratio_to_parallel"] if f["parallel_rounds"] == 2 else None,
+    )
+    yield (
         f"16 frames: Hugging Face bf16's chain of {CHAIN_TOKENS} over 8 latents, end to end",
         "latent_vs_cot",
         True,

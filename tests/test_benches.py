@@ -145,6 +145,9 @@ def test_ratios_are_those_of_the_definition():
     assert ours["overhead_ratio"] == pytest.approx(20.0 / 0.5)
     assert ours["overhead_ratio_to_stage"] == pytest.approx(20.0 / 0.4)
     assert theirs["end_to_end_ratio"] == pytest.approx(64.0 / 1.6)
+    assert ours["overhead_ratio_to_parallel"] is None
+    samples[(bench_latent_vs_cot.PARALLEL, "latent", 0)] = [{"seconds": s} for s in (1.1, 1.3)]
+    assert bench_latent_vs_cot.ratios(samples)["chains"][0]["overhead_ratio_to_parallel"] == pytest.approx(20.0 / 0.1)
     for reply in samples[("vlrt", "latent", 0)]:
         reply["seconds"] = 1.0
     assert bench_latent_vs_cot.ratios(samples)["chains"][0]["overhead_ratio"] is None

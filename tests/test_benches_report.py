@@ -77,6 +77,7 @@ def results():
                 "end_to_end_ratio": 41.0,
                 "overhead_ratio": 99.0,
                 "overhead_ratio_to_stage": 98.0,
+                "overhead_ratio_to_parallel": 120.0,
             }
             for engine in ("vlrt", "hf-bf16")
         ],
@@ -107,7 +108,7 @@ def results():
         },
         "limits": {**common, "ceilings": {"gemm": gemm, "memory": {"read": 3e10, "by": "sum", "copy": 2e10}}}
         | {"rows": limits},
-        "latent_vs_cot": {**common, "num_latents": 8, "answer_tokens": 4, "results": [latent]},
+        "latent_vs_cot": {**common, "num_latents": 8, "parallel_rounds": 2, "answer_tokens": 4, "results": [latent]},
         "scaling": {
             **common,
             "frames": rows,
@@ -119,8 +120,8 @@ def results():
     }
 
 
-REACHED = [0.5, 0.5, 0.6, 0.7, 0.6, 0.6, 99.0, 41.0, 2.5, 1.2]
-MET = [True, False, True, True, False, False, False, True, True, True]
+REACHED = [0.5, 0.5, 0.6, 0.7, 0.6, 0.6, 99.0, 120.0, 41.0, 2.5, 1.2]
+MET = [True, False, True, True, False, False, False, True, True, True, True]
 
 
 def test_targets_are_read_from_the_results():
