@@ -37,6 +37,9 @@ def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
     """Replace every `vlrt::Linear` of a model; return a recipe for each initializer that it then has."""
     graph = model.graph
     recipes: dict[str, Recipe] = {}
+    if precision != "fp32":
+        for node in [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]:
+            _divide(graph, node, recipes)
     linears = [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]
     exact = [node for node in linears if precision == "fp32" or _input(node, 1).name in KEPT_FP32]
     coarse = [node for node in linears if precision == "int4" and str(_input(node, 1).name).startswith(INT4_PREFIX)]
@@ -150,9 +153,59 @@ def _weights(graph: ir.Graph, weight: ir.Value, recipes: dict[str, Recipe]) -> t
     assert weight.name is not None
     q = _derived(graph, weight, ".q", ir.DataType.INT8, (1, 0))
     scale = _derived(graph, weight, ".scale", ir.DataType.FLOAT, (0,))
-    recipes[str(q.name)] = Recipe(weight.name, ir.DataType.INT8, lambda w: quantize_columns(w)[0])
-    recipes[str(scale.name)] = Recipe(weight.name, ir.DataType.FLOAT, lambda w: quantize_columns(w)[1])
+    whole = recipes.get(weight.name, Recipe(weight.name, ir.DataType.FLOAT, lambda w: w))  # or a third of one
+    recipes[str(q.name)] = Recipe(whole.source, ir.DataType.INT8, lambda w: quantize_columns(whole.make(w))[0])
+    recipes[str(scale.name)] = Recipe(whole.source, ir.DataType.FLOAT, lambda w: quantize_columns(whole.make(w))[1])
     return q, scale
+
+
+def _divide(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe]) -> None:
+    """Make three layers of one whose output is cut into q, k and v, so that each writes what is read of it.
+
+    What is matched: [N, 3 H D] -> Reshape [N, 3, H, D] -> Slice and Squeeze of each third.
+    """
+    parts, weight, bias = _thirds(node), _input(node, 1), _bias(node)
+    if parts is None or bias is None:
+        return
+    reshape, slices, squeezes = parts
+    assert weight.shape is not None
+    num_outputs, num_inputs = weight.shape.numpy()
+    rows = num_outputs // 3
+    for i, squeeze in enumerate(squeezes):
+        inputs = [_input(node, 0)]
+        for whole, shape in ((weight, (rows, num_inputs)), (bias, (rows,))):
+            third = _initializer(graph, f"{whole.name}.{i}", ir.DataType.FLOAT, ir.Shape(shape))
+            cut = slice(i * rows, (i + 1) * rows)
+            recipes[str(third.name)] = Recipe(str(whole.name), ir.DataType.FLOAT, lambda w, cut=cut: w[cut])
+            inputs.append(third)
+        linear = ir.Node(DOMAIN, "Linear", inputs, num_outputs=1, name=f"{node.outputs[0].name}.{i}")
+        heads = squeeze.outputs[0].shape
+        assert heads is not None
+        sizes = [-1, *(int(size) for size in heads[1:])]  # type: ignore[arg-type]
+        shape_of = ir.Node("", "Constant", [], [ir.AttrInt64s("value_ints", sizes)], num_outputs=1)
+        view = ir.Node("", "Reshape", [linear.outputs[0], shape_of.outputs[0]], num_outputs=1)
+        for value, name in ((linear.outputs[0], "linear"), (shape_of.outputs[0], "shape")):
+            value.name = f"{squeeze.outputs[0].name}.{name}"
+        _replace(graph, [squeeze], squeeze, [linear, shape_of, view])
+    graph.remove([*slices, reshape, node], safe=True)
+
+
+def _thirds(node: ir.Node) -> tuple[ir.Node, list[ir.Node], list[ir.Node]] | None:
+    """Return the Reshape, Slice and Squeeze nodes that cut a layer's output into thirds, in their order."""
+    readers = _readers(node.outputs[0])
+    if len(readers) != 1 or readers[0].op_type != "Reshape":
+        return None
+    shape, slices = readers[0].outputs[0].shape, _readers(readers[0].outputs[0])
+    if shape is None or len(shape) != 4 or shape[1] != 3 or [s.op_type for s in slices] != ["Slice"] * 3:
+        return None
+    starts = [ir.convenience.get_const_tensor(_input(cut, 1)) for cut in slices]
+    after = [_readers(cut.outputs[0]) for cut in slices]
+    if any(start is None for start in starts) or any([n.op_type for n in nodes] != ["Squeeze"] for nodes in after):
+        return None
+    order = sorted(range(3), key=lambda i: int(starts[i].numpy()[0]))  # type: ignore[union-attr]
+    if [int(starts[i].numpy()[0]) for i in order] != [0, 1, 2]:  # type: ignore[union-attr]
+        return None
+    return readers[0], slices, [after[i][0] for i in order]
 
 
 def _gate(same: list[ir.Node], node: ir.Node) -> tuple[list[ir.Node], list[ir.Node]] | None:

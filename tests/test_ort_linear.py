@@ -256,7 +256,8 @@ def test_layers_of_a_bundle_are_grouped(make_bundle):
         "QuantizedSwiGLU": layers,
     }
     assert called["vision"] == {
-        "QuantizedLinearBias": depth + 2,
+        "QuantizedProjections": depth,
+        "QuantizedLinearBias": 2,
         "QuantizedLinearBiasAdd": 2 * depth,
         "QuantizedSwiGLUBias": depth,
     }
