@@ -33,17 +33,31 @@ class Recipe:
     make: Callable[[Floats], NDArray[np.generic]]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """The rows of a weight of the checkpoint that a layer has."""
+
+    source: str
+    first: int = 0
+    last: int | None = None
+
+    def __call__(self, weight: Floats) -> Floats:
+        """Return them."""
+        return weight[self.first : self.last]
+
+
 def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
     """Replace every `vlrt::Linear` of a model; return a recipe for each initializer that it then has."""
     graph = model.graph
     recipes: dict[str, Recipe] = {}
+    cuts: dict[str, Cut] = {}
     if precision != "fp32":
         for node in [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]:
-            _divide(graph, node, recipes)
+            _divide(graph, node, recipes, cuts)
     linears = [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]
     exact = [node for node in linears if precision == "fp32" or _input(node, 1).name in KEPT_FP32]
     coarse = [node for node in linears if precision == "int4" and str(_input(node, 1).name).startswith(INT4_PREFIX)]
-    _lower_int8(graph, [node for node in linears if node not in exact and node not in coarse], recipes)
+    _lower_int8(graph, [node for node in linears if node not in exact and node not in coarse], recipes, cuts)
     for node in exact:
         _lower_fp32(graph, node, recipes)
     for node in coarse:
@@ -85,7 +99,7 @@ def _lower_fp32(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe]) -> N
     _replace(graph, [node], node, nodes)
 
 
-def _lower_int8(graph: ir.Graph, linears: list[ir.Node], recipes: dict[str, Recipe]) -> None:
+def _lower_int8(graph: ir.Graph, linears: list[ir.Node], recipes: dict[str, Recipe], cuts: dict[str, Cut]) -> None:
     """Emit int8 products, several layers in one node where a function takes them."""
     left = dict.fromkeys(linears)
     for node in linears:
@@ -109,7 +123,7 @@ def _lower_int8(graph: ir.Graph, linears: list[ir.Node], recipes: dict[str, Reci
         assert variant is not None
         inputs = [x]
         for part in parts:
-            inputs += [*_weights(graph, _input(part, 1), recipes), *([] if (b := _bias(part)) is None else [b])]
+            inputs += [*_weights(graph, _input(part, 1), recipes, cuts), *([] if (b := _bias(part)) is None else [b])]
             del left[part]
         if residual is not None:
             inputs.append(residual)
@@ -148,18 +162,20 @@ def _lower_int4(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe]) -> N
     _replace(graph, [node], node, [ir.Node(int8_functions.ENGINE, "MatMulNBits", inputs, attributes, num_outputs=1)])
 
 
-def _weights(graph: ir.Graph, weight: ir.Value, recipes: dict[str, Recipe]) -> tuple[ir.Value, ir.Value]:
+def _weights(
+    graph: ir.Graph, weight: ir.Value, recipes: dict[str, Recipe], cuts: dict[str, Cut]
+) -> tuple[ir.Value, ir.Value]:
     """Return the int8 matrix and the scales that are made of a weight."""
     assert weight.name is not None
     q = _derived(graph, weight, ".q", ir.DataType.INT8, (1, 0))
     scale = _derived(graph, weight, ".scale", ir.DataType.FLOAT, (0,))
-    whole = recipes.get(weight.name, Recipe(weight.name, ir.DataType.FLOAT, lambda w: w))  # or a third of one
-    recipes[str(q.name)] = Recipe(whole.source, ir.DataType.INT8, lambda w: quantize_columns(whole.make(w))[0])
-    recipes[str(scale.name)] = Recipe(whole.source, ir.DataType.FLOAT, lambda w: quantize_columns(whole.make(w))[1])
+    cut = cuts.get(weight.name, Cut(weight.name))
+    recipes[str(q.name)] = Recipe(cut.source, ir.DataType.INT8, lambda w: quantize_columns(cut(w))[0])
+    recipes[str(scale.name)] = Recipe(cut.source, ir.DataType.FLOAT, lambda w: quantize_columns(cut(w))[1])
     return q, scale
 
 
-def _divide(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe]) -> None:
+def _divide(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe], cuts: dict[str, Cut]) -> None:
     """Make three layers of one whose output is cut into q, k and v, so that each writes what is read of it.
 
     What is matched: [N, 3 H D] -> Reshape [N, 3, H, D] -> Slice and Squeeze of each third.
@@ -175,8 +191,8 @@ def _divide(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe]) -> None:
         inputs = [_input(node, 0)]
         for whole, shape in ((weight, (rows, num_inputs)), (bias, (rows,))):
             third = _initializer(graph, f"{whole.name}.{i}", ir.DataType.FLOAT, ir.Shape(shape))
-            cut = slice(i * rows, (i + 1) * rows)
-            recipes[str(third.name)] = Recipe(str(whole.name), ir.DataType.FLOAT, lambda w, cut=cut: w[cut])
+            cut = cuts[str(third.name)] = Cut(str(whole.name), i * rows, (i + 1) * rows)
+            recipes[str(third.name)] = Recipe(cut.source, ir.DataType.FLOAT, cut)
             inputs.append(third)
         linear = ir.Node(DOMAIN, "Linear", inputs, num_outputs=1, name=f"{node.outputs[0].name}.{i}")
         heads = squeeze.outputs[0].shape
