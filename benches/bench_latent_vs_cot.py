@@ -11,6 +11,7 @@ one after the other; a second bundle has the parallel rollout in a few rounds, e
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
@@ -41,26 +42,23 @@ def main(argv: Sequence[str] | None = None) -> Path:
     args = _arguments(argv)
     console = Console(stderr=True, width=140)
     absent: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as logs:
-        bundle = material.bundle(args.shape, args.precision)
-        settings = {"bundle": str(bundle), "threads": args.threads, "num_latents": args.latents}
-        engines = {"vlrt": Client("vlrt_engine", settings, threads=args.threads, log=Path(logs, "vlrt.log"))}
-        if args.parallel_rounds and args.latents == material.PARALLEL_LATENTS:
-            other = material.bundle(args.shape, args.precision, args.parallel_rounds)
-            settings = {"bundle": str(other), "threads": args.threads}
-            engines[PARALLEL] = Client("vlrt_engine", settings, threads=args.threads, log=Path(logs, "parallel.log"))
+    bundles = {"vlrt": (material.bundle(args.shape, args.precision), {"num_latents": args.latents})}
+    if args.parallel_rounds and args.latents == material.PARALLEL_LATENTS:
+        bundles[PARALLEL] = (material.bundle(args.shape, args.precision, args.parallel_rounds), {})
+    with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as stack:
+        engines = {}
+        for name, (bundle, more) in bundles.items():
+            settings = {"bundle": str(bundle), "threads": args.threads, **more}
+            engine = Client("vlrt_engine", settings, threads=args.threads, log=Path(logs, f"{name}.log"))
+            engines[name] = stack.enter_context(engine)
         try:
             if args.hf_tokens:
-                peer = peers.PEERS[HF]
-                engines[HF] = peers.start(peer, args.shape, threads=args.threads, log=Path(logs, "hf.log"))
+                engine = peers.start(peers.PEERS[HF], args.shape, threads=args.threads, log=Path(logs, "hf.log"))
+                engines[HF] = stack.enter_context(engine)
         except Absent as reason:
             absent[HF] = str(reason)
-        try:
-            found = {count: _measure(args, engines, count, console) for count in args.frames}
-            described = {name: engine.described for name, engine in engines.items()}
-        finally:
-            for engine in engines.values():
-                engine.close()
+        found = {count: _measure(args, engines, count, console) for count in args.frames}
+        described = {name: engine.described for name, engine in engines.items()}
     results = [{"num_frames": count, "rows": rows(samples), **ratios(samples)} for count, samples in found.items()]
     out = machine.write_result(
         "latent_vs_cot",

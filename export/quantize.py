@@ -35,15 +35,21 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cut:
-    """The rows of a weight of the checkpoint that a layer has."""
+    """The rows of a tensor of the checkpoint that a layer has: all of any shape, or a third of [out, ...].
+
+    Attributes:
+        source: tensor of the checkpoint.
+        first: row.
+        last: row behind the last one; None: the whole tensor, a scalar too.
+    """
 
     source: str
     first: int = 0
     last: int | None = None
 
     def __call__(self, weight: Floats) -> Floats:
-        """Return them."""
-        return weight[self.first : self.last]
+        """Return those rows of the tensor."""
+        return weight if self.last is None else weight[self.first : self.last]
 
 
 def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
@@ -53,7 +59,7 @@ def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
     cuts: dict[str, Cut] = {}
     if precision != "fp32":
         for node in [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]:
-            _divide(graph, node, recipes, cuts)
+            _divide(graph, node, cuts)
     linears = [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]
     exact = [node for node in linears if precision == "fp32" or _input(node, 1).name in KEPT_FP32]
     coarse = [node for node in linears if precision == "int4" and str(_input(node, 1).name).startswith(INT4_PREFIX)]
@@ -65,7 +71,8 @@ def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
     int8_functions.attach(model)
     _drop_unused(graph)
     for name in graph.initializers:
-        recipes.setdefault(name, Recipe(name, ir.DataType.FLOAT, lambda w: w))
+        cut = cuts.get(name, Cut(name))
+        recipes.setdefault(name, Recipe(cut.source, ir.DataType.FLOAT, cut))
     return {name: recipes[name] for name in graph.initializers}
 
 
@@ -175,8 +182,8 @@ def _weights(
     return q, scale
 
 
-def _divide(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe], cuts: dict[str, Cut]) -> None:
-    """Make three layers of one whose output is cut into q, k and v, so that each writes what is read of it.
+def _divide(graph: ir.Graph, node: ir.Node, cuts: dict[str, Cut]) -> None:
+    """Make three layers of one whose output is cut into q, k and v, so that each writes what is read; fill `cuts`.
 
     What is matched: [N, 3 H D] -> Reshape [N, 3, H, D] -> Slice and Squeeze of each third.
     """
@@ -191,8 +198,7 @@ def _divide(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe], cuts: di
         inputs = [_input(node, 0)]
         for whole, shape in ((weight, (rows, num_inputs)), (bias, (rows,))):
             third = _initializer(graph, f"{whole.name}.{i}", ir.DataType.FLOAT, ir.Shape(shape))
-            cut = cuts[str(third.name)] = Cut(str(whole.name), i * rows, (i + 1) * rows)
-            recipes[str(third.name)] = Recipe(cut.source, ir.DataType.FLOAT, cut)
+            cuts[str(third.name)] = Cut(str(whole.name), i * rows, (i + 1) * rows)
             inputs.append(third)
         linear = ir.Node(DOMAIN, "Linear", inputs, num_outputs=1, name=f"{node.outputs[0].name}.{i}")
         heads = squeeze.outputs[0].shape
@@ -207,21 +213,22 @@ def _divide(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe], cuts: di
 
 
 def _thirds(node: ir.Node) -> tuple[ir.Node, list[ir.Node], list[ir.Node]] | None:
-    """Return the Reshape, Slice and Squeeze nodes that cut a layer's output into thirds, in their order."""
+    """Return the Reshape, Slice and Squeeze nodes that cut a layer's output into thirds; the last in order."""
     readers = _readers(node.outputs[0])
-    if len(readers) != 1 or readers[0].op_type != "Reshape":
+    if [reader.op_type for reader in readers] != ["Reshape"]:
         return None
-    shape, slices = readers[0].outputs[0].shape, _readers(readers[0].outputs[0])
-    if shape is None or len(shape) != 4 or shape[1] != 3 or [s.op_type for s in slices] != ["Slice"] * 3:
+    view = readers[0].outputs[0]
+    slices = _readers(view)
+    if view.shape is None or len(view.shape) != 4 or view.shape[1] != 3:
         return None
-    starts = [ir.convenience.get_const_tensor(_input(cut, 1)) for cut in slices]
-    after = [_readers(cut.outputs[0]) for cut in slices]
-    if any(start is None for start in starts) or any([n.op_type for n in nodes] != ["Squeeze"] for nodes in after):
-        return None
-    order = sorted(range(3), key=lambda i: int(starts[i].numpy()[0]))  # type: ignore[union-attr]
-    if [int(starts[i].numpy()[0]) for i in order] != [0, 1, 2]:  # type: ignore[union-attr]
-        return None
-    return readers[0], slices, [after[i][0] for i in order]
+    thirds = {}
+    for cut in slices:
+        start = ir.convenience.get_const_tensor(_input(cut, 1)) if cut.op_type == "Slice" else None
+        after = _readers(cut.outputs[0])
+        if start is None or [reader.op_type for reader in after] != ["Squeeze"]:
+            return None
+        thirds[int(start.numpy()[0])] = after[0]
+    return (readers[0], slices, [thirds[i] for i in range(3)]) if sorted(thirds) == [0, 1, 2] else None
 
 
 def _gate(same: list[ir.Node], node: ir.Node) -> tuple[list[ir.Node], list[ir.Node]] | None:

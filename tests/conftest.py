@@ -34,7 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes minutes unless `--soak` asks for it; each has a short version that always runs."""
+    """Put the longest files first; leave out what takes minutes unless `--soak` asks for it.
+
+    Of what is left out, a short version always runs.
+    """
     place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     if not config.getoption("--soak"):

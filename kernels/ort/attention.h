@@ -16,15 +16,15 @@ using Scratch = std::function<float*(std::size_t count)>;
 
 struct VideoAttention {
   std::int64_t batch, num_new, num_heads, num_kv_heads, head_dim, num_slots, past_length;
-  const float* q;    // [B, S, H, D]
-  const float* k;    // [B, S, H_kv, D]
-  const float* v;    // [B, S, H_kv, D]
-  const float* cos;  // [M, D/2]
-  const float* sin;  // [M, D/2]
+  const float* q;     // [B, S, H, D]
+  const float* k;     // [B, S, H_kv, D]
+  const float* v;     // [B, S, H_kv, D]
+  const float* cos;   // [M, D/2]
+  const float* sin;   // [M, D/2]
   const float* bias;  // [S, past_length + S], added to the scores of all heads; null: nothing
-  float* k_cache;    // [B, H_kv, M, D], slots below past_length are filled
-  float* v_cache;    // [B, H_kv, M, D]
-  float* out;        // [B, S, H, D]
+  float* k_cache;     // [B, H_kv, M, D], slots below past_length are filled
+  float* v_cache;     // [B, H_kv, M, D]
+  float* out;         // [B, S, H, D]
 };
 
 struct SegmentAttention {

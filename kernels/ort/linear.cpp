@@ -4,6 +4,8 @@
 #include <cstring>
 #include <vector>
 
+#include "threads.h"
+
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>

@@ -1,16 +1,12 @@
 #include "memory.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
-#include <thread>
-#include <vector>
 
 #if defined(__linux__)
-#include <sched.h>
 #include <sys/mman.h>
 #endif
 
@@ -19,14 +15,6 @@ namespace {
 
 constexpr std::uintptr_t kHuge = std::uintptr_t{1} << 21;
 constexpr std::size_t kSlab = std::size_t{1} << 25, kLine = 64;
-
-unsigned num_cores() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return static_cast<unsigned>(std::max(CPU_COUNT(&set), 1));
-#endif
-  return std::max(std::thread::hardware_concurrency(), 1u);
-}
 
 // Memory of the system that is handed out from its start to its end.
 class Slab {
@@ -89,17 +77,6 @@ void prefer_huge_pages(const void* start, std::size_t bytes) {
 #else
   (void)start, (void)bytes;
 #endif
-}
-
-void on_all_cores(std::size_t count, const std::function<void(std::size_t)>& body) {
-  std::atomic<std::size_t> next{0};
-  const auto work = [&] {
-    for (std::size_t i = next++; i < count; i = next++) body(i);
-  };
-  std::vector<std::thread> others;
-  for (std::size_t i = 1; i < std::min<std::size_t>(num_cores(), count); ++i) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
 }
 
 }  // namespace vlrt

@@ -1,8 +1,7 @@
-// Memory in huge pages, where the system has them: small ones that lie apart are read at half the speed. Threads.
+// Memory in huge pages, where the system has them: small ones that lie apart are read at half the speed.
 #pragma once
 
 #include <cstddef>
-#include <functional>
 #include <memory>
 #include <utility>
 
@@ -27,10 +26,8 @@ class Block {
   std::shared_ptr<char> start_;
 };
 
-// Asks for huge pages where memory of so many bytes lies, before anyone has written there; what is small is left alone.
+// Asks for huge pages where memory of so many bytes lies, before anyone has written there; what is small is left alone,
+// and a system that has none goes on without.
 void prefer_huge_pages(const void* start, std::size_t bytes);
-
-// Calls a function for 0 .. count on threads of its own, one per core that this process may use.
-void on_all_cores(std::size_t count, const std::function<void(std::size_t)>& body);
 
 }  // namespace vlrt

@@ -116,10 +116,11 @@ void attend(const VideoAttention& op, const Level& level, const Plan& plan, cons
   const std::int64_t length = op.past_length + (lo + num_rows - 1) / plan.group + 1, offset = kv * op.num_slots * dim;
   float* maximum = plan.parts == 1 ? nullptr : partial.maximum + task * kMaxRows;
   float* sum = plan.parts == 1 ? nullptr : partial.sum + task * kMaxRows;
-  (plan.bf16 == nullptr ? level.attend : plan.bf16->attend)(
-      {q, cos, sin, limit, op.bias == nullptr ? nullptr : bias, static_cast<int>(num_rows), static_cast<int>(dim), op.k_cache + offset, op.v_cache + offset,
-       dim, packed.blocks + kv * packed.num_blocks * packed_size(dim), plan.bound(length, part),
-       plan.bound(length, part + 1), out, maximum, sum});
+  const Tile tile_of{q, cos, sin, limit, op.bias == nullptr ? nullptr : bias, static_cast<int>(num_rows),
+                     static_cast<int>(dim), op.k_cache + offset, op.v_cache + offset, dim,
+                     packed.blocks + kv * packed.num_blocks * packed_size(dim), plan.bound(length, part),
+                     plan.bound(length, part + 1), out, maximum, sum};
+  (plan.bf16 == nullptr ? level.attend : plan.bf16->attend)(tile_of);
 }
 
 void merge(const VideoAttention& op, const Plan& plan, const Partial& partial, std::int64_t tile) {
