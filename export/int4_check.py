@@ -16,8 +16,9 @@ from vlrt.bundle import Check
 from vlrt.export import int4
 
 # A block of 32 spans at most sqrt(2) of its norm, in 15 steps. Rounding, evenly spread, is off by step / sqrt(12):
-# by at most sqrt(2) / 15 * sqrt(32 / 12) = 0.154 of the norm. Normal weights give 0.08; rows in a wrong order give 1.4.
-LIMIT = 0.16
+# by at most sqrt(2) / 15 * sqrt(32 / 12) = 0.154 of the norm, and by up to an eighth more where the step of a block
+# that reaches far is rounded up. Normal weights give 0.08; rows in a wrong order give 1.4.
+LIMIT = 0.18
 
 
 def check(path: Path, fetch: Callable[[str], NDArray[np.float32]]) -> Check:
@@ -32,15 +33,23 @@ def check(path: Path, fetch: Callable[[str], NDArray[np.float32]]) -> Check:
     """
     worst = 0.0
     for node in ir.load(path).graph:
-        if node.op_type == "MatMulNBits":
-            codes, scale, zero = (_array(value) for value in node.inputs[1:4])
-            assert node.inputs[1] is not None
-            assert node.inputs[1].name is not None
-            weight = fetch(node.inputs[1].name.removesuffix(int4.SUFFIX))
-            error = np.linalg.norm(int4.dequantize(codes, scale, zero, weight.shape[1]) - weight)
-            value = float(error / max(float(np.linalg.norm(weight)), 1e-30))
+        for i, codes in enumerate(node.inputs):
+            if codes is None or not str(codes.name).endswith(int4.SUFFIXES[0]):
+                continue
+            made = [_array(value) for value in node.inputs[i : i + len(int4.SUFFIXES)]]
+            weight = fetch(str(codes.name).removesuffix(int4.SUFFIXES[0]))
+            value = _error(made, weight)
             worst = max(worst, value if np.isfinite(value) else 1e30)
     return Check("int4 weights: largest relative error", worst, LIMIT, worst <= LIMIT)
+
+
+def _error(made: list[NDArray[Any]], weight: NDArray[np.float32]) -> float:
+    """Return the relative error of a matrix; none is left of one whose scales are no multiples of their column's."""
+    codes, scales, zeros, column = made
+    if not np.allclose(scales, np.rint(scales / column[:, None]) * column[:, None], rtol=1e-5, atol=0):
+        return np.inf
+    error = np.linalg.norm(int4.dequantize(codes, scales, zeros, weight.shape[1]) - weight)
+    return float(error / max(float(np.linalg.norm(weight)), 1e-30))
 
 
 def _array(value: ir.Value | None) -> NDArray[Any]:

@@ -1,8 +1,8 @@
 """Lowers `vlrt::Linear` placeholders to operators of a precision, and says how their weights are made.
 
-fp32: MatMul on the transposed weight. int8: the functions of int8_functions.py, with per-channel symmetric weights and
-per-token activations; they take in layers that share an input, the gate of an MLP, and what is added to an output.
-int4: MatMulNBits in the layers of the decoder, int8 elsewhere.
+They become functions of linear_functions.py, which take in layers that share an input, the gate of an MLP, and what is
+added to an output. int8: per-channel symmetric weights and per-token activations. int4: so many bits for the weights of
+the decoder's layers, int8 elsewhere.
 Knows graphs and recipes for weights; no files.
 """
 
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from vlrt.bundle import Precision
-from vlrt.export import int4, int8_functions
+from vlrt.export import int4, linear_functions
 from vlrt.export.translate import DOMAIN
 
 Floats = NDArray[np.float32]
@@ -57,23 +57,35 @@ def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
     graph = model.graph
     recipes: dict[str, Recipe] = {}
     cuts: dict[str, Cut] = {}
-    if precision != "fp32":
-        for node in [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]:
-            _divide(graph, node, cuts)
-    linears = [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]
-    exact = [node for node in linears if precision == "fp32" or _input(node, 1).name in KEPT_FP32]
-    coarse = [node for node in linears if precision == "int4" and str(_input(node, 1).name).startswith(INT4_PREFIX)]
-    _lower_int8(graph, [node for node in linears if node not in exact and node not in coarse], recipes, cuts)
-    for node in exact:
-        _lower_fp32(graph, node, recipes)
-    for node in coarse:
-        _lower_int4(graph, node, recipes)
-    int8_functions.attach(model)
+    for node in _linears(graph):
+        _divide(graph, node, cuts)
+    formats: dict[linear_functions.Format, list[ir.Node]] = {}
+    for node in _linears(graph):
+        name = str(_input(node, 1).name)
+        if precision == "fp32" and name == HEAD:
+            _lower_head(graph, node)
+        else:
+            formats.setdefault(_format(name, precision), []).append(node)
+    for weights, linears in formats.items():
+        _lower(graph, linears, weights, recipes, cuts)
+    linear_functions.attach(model)
     _drop_unused(graph)
     for name in graph.initializers:
         cut = cuts.get(name, Cut(name))
         recipes.setdefault(name, Recipe(cut.source, ir.DataType.FLOAT, cut))
     return {name: recipes[name] for name in graph.initializers}
+
+
+def _linears(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]
+
+
+def _format(name: str, precision: Precision) -> linear_functions.Format:
+    """Return how a weight is stored."""
+    if precision == "fp32" or name in KEPT_FP32:
+        return linear_functions.FLOAT
+    coarse = precision == "int4" and name.startswith(INT4_PREFIX)
+    return linear_functions.FOUR_BIT if coarse else linear_functions.INT8
 
 
 def quantize_columns(weight: Floats) -> tuple[NDArray[np.int8], Floats]:
@@ -90,24 +102,19 @@ def _matrix(weight: Floats) -> Floats:
     return weight.reshape(len(weight), -1)
 
 
-def _lower_fp32(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe]) -> None:
-    x, weight, bias = _input(node, 0), _input(node, 1), _bias(node)
-    assert weight.name is not None
-    if weight.name == HEAD:
-        product = ir.Node("", "Gemm", [x, weight], [ir.AttrInt64("transB", 1)], num_outputs=1)
-    else:
-        matrix = _derived(graph, weight, ".t", ir.DataType.FLOAT, (1, 0))
-        recipes[str(matrix.name)] = Recipe(weight.name, ir.DataType.FLOAT, lambda w: _matrix(w).T)
-        product = ir.Node("", "MatMul", [x, matrix], num_outputs=1)
-    nodes = [product]
-    if bias is not None:
-        product.outputs[0].name = f"{node.outputs[0].name}.product"
-        nodes.append(ir.Node("", "Add", [product.outputs[0], bias], num_outputs=1))
-    _replace(graph, [node], node, nodes)
+def _lower_head(graph: ir.Graph, node: ir.Node) -> None:
+    product = ir.Node("", "Gemm", node.inputs[:2], [ir.AttrInt64("transB", 1)], num_outputs=1)
+    _replace(graph, [node], node, [product])
 
 
-def _lower_int8(graph: ir.Graph, linears: list[ir.Node], recipes: dict[str, Recipe], cuts: dict[str, Cut]) -> None:
-    """Emit int8 products, several layers in one node where a function takes them."""
+def _lower(
+    graph: ir.Graph,
+    linears: list[ir.Node],
+    weights: linear_functions.Format,
+    recipes: dict[str, Recipe],
+    cuts: dict[str, Cut],
+) -> None:
+    """Emit calls of functions, several layers in one node where a function takes them."""
     left = dict.fromkeys(linears)
     for node in linears:
         if node not in left:
@@ -118,68 +125,66 @@ def _lower_int8(graph: ir.Graph, linears: list[ir.Node], recipes: dict[str, Reci
         if gate := _gate(same, node):
             parts, ended = gate
             last = ended[-1]
-            variant = int8_functions.find(2, bias=_bias(node) is not None, gated=True)
+            variant = linear_functions.find(2, bias=_bias(node) is not None, gated=True)
         elif len(same) == 3 and all(_bias(part) is not None for part in same):
             parts = ended = same
-            variant = int8_functions.find(3, bias=True)
+            variant = linear_functions.find(3, bias=True)
         else:
             if add := _residual(node):
                 last, residual = add
                 ended = [node, last]
-            variant = int8_functions.find(1, bias=_bias(node) is not None, residual=residual is not None)
+            variant = linear_functions.find(1, bias=_bias(node) is not None, residual=residual is not None)
         assert variant is not None
-        inputs = [x]
-        for part in parts:
-            inputs += [*_weights(graph, _input(part, 1), recipes, cuts), *([] if (b := _bias(part)) is None else [b])]
+        inputs, sizes = [x], {}
+        for i, part in enumerate(parts):
+            weight = _input(part, 1)
+            inputs += _STORED[weights](graph, weight, recipes, cuts.get(str(weight.name), Cut(str(weight.name))))
+            inputs += [] if (bias := _bias(part)) is None else [bias]
+            if weights is linear_functions.FOUR_BIT:
+                assert weight.shape is not None
+                sizes[f"n_{i}"], sizes["k"] = weight.shape.numpy()
             del left[part]
         if residual is not None:
             inputs.append(residual)
-        _replace(graph, ended, last, [ir.Node(DOMAIN, variant.name, inputs, num_outputs=variant.num_outputs)])
+        attributes = [ir.AttrInt64(name, sizes[name]) for name in sorted(sizes)]
+        call = ir.Node(DOMAIN, variant.name(weights), inputs, attributes, num_outputs=variant.num_outputs)
+        _replace(graph, ended, last, [call])
 
 
-_INT4_PARTS: tuple[Callable[[Floats], NDArray[np.generic]], ...] = (
-    lambda w: int4.quantize_blocks(w)[0],
-    lambda w: int4.quantize_blocks(w)[1],
-    lambda w: int4.quantize_blocks(w)[2],
-)
+def _float_weights(graph: ir.Graph, weight: ir.Value, recipes: dict[str, Recipe], cut: Cut) -> list[ir.Value]:
+    """Return the transposed matrix that is made of a weight."""
+    matrix = _derived(graph, weight, ".t", ir.DataType.FLOAT, (1, 0))
+    recipes[str(matrix.name)] = Recipe(cut.source, ir.DataType.FLOAT, lambda w: _matrix(cut(w)).T)
+    return [matrix]
 
 
-def _lower_int4(graph: ir.Graph, node: ir.Node, recipes: dict[str, Recipe]) -> None:
-    weight, bias = _input(node, 1), _bias(node)
-    assert weight.name is not None
-    assert weight.shape is not None
-    num_outputs, num_inputs = weight.shape.numpy()
-    inputs: list[ir.Value | None] = [_input(node, 0)]
-    parts = zip(
-        (int4.SUFFIX, ".scale", ".zero"),
-        (ir.DataType.UINT8, ir.DataType.FLOAT, ir.DataType.UINT8),
-        int4.shapes(num_outputs, num_inputs),
-        _INT4_PARTS,
-        strict=True,
-    )
-    for suffix, dtype, shape, make in parts:
-        value = _initializer(graph, f"{weight.name}{suffix}", dtype, ir.Shape(shape))
-        recipes[str(value.name)] = Recipe(weight.name, dtype, make)
-        inputs.append(value)
-    if bias is not None:
-        inputs += [None, bias]  # between them, an order of inputs
-    sizes = {"K": num_inputs, "N": num_outputs, "bits": int4.BITS, "block_size": int4.BLOCK_SIZE}
-    attributes = [ir.AttrInt64(k, v) for k, v in {**sizes, "accuracy_level": int4.ACCURACY_LEVEL}.items()]
-    graph.opset_imports[int8_functions.ENGINE] = 1
-    _replace(graph, [node], node, [ir.Node(int8_functions.ENGINE, "MatMulNBits", inputs, attributes, num_outputs=1)])
-
-
-def _weights(
-    graph: ir.Graph, weight: ir.Value, recipes: dict[str, Recipe], cuts: dict[str, Cut]
-) -> tuple[ir.Value, ir.Value]:
+def _int8_weights(graph: ir.Graph, weight: ir.Value, recipes: dict[str, Recipe], cut: Cut) -> list[ir.Value]:
     """Return the int8 matrix and the scales that are made of a weight."""
-    assert weight.name is not None
     q = _derived(graph, weight, ".q", ir.DataType.INT8, (1, 0))
     scale = _derived(graph, weight, ".scale", ir.DataType.FLOAT, (0,))
-    cut = cuts.get(weight.name, Cut(weight.name))
     recipes[str(q.name)] = Recipe(cut.source, ir.DataType.INT8, lambda w: quantize_columns(cut(w))[0])
     recipes[str(scale.name)] = Recipe(cut.source, ir.DataType.FLOAT, lambda w: quantize_columns(cut(w))[1])
-    return q, scale
+    return [q, scale]
+
+
+def _four_bit_weights(graph: ir.Graph, weight: ir.Value, recipes: dict[str, Recipe], cut: Cut) -> list[ir.Value]:
+    """Return codes, scales, zero points, and the scales of whole columns that are made of a weight."""
+    assert weight.shape is not None
+    made = int4.Last()
+    found = []
+    for i, (suffix, shape) in enumerate(zip(int4.SUFFIXES, int4.shapes(*weight.shape.numpy()), strict=True)):
+        dtype = ir.DataType.UINT8 if suffix in int4.BYTES else ir.DataType.FLOAT
+        value = _initializer(graph, f"{weight.name}{suffix}", dtype, ir.Shape(shape))
+        recipes[str(value.name)] = Recipe(cut.source, dtype, lambda w, i=i: made(cut(w))[i])  # type: ignore[misc]
+        found.append(value)
+    return found
+
+
+_STORED = {
+    linear_functions.FLOAT: _float_weights,
+    linear_functions.INT8: _int8_weights,
+    linear_functions.FOUR_BIT: _four_bit_weights,
+}
 
 
 def _divide(graph: ir.Graph, node: ir.Node, cuts: dict[str, Cut]) -> None:

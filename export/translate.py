@@ -14,6 +14,7 @@ from onnx.defs import OpSchema
 from onnxscript import FLOAT, INT32, script, values
 from onnxscript import opset18 as op
 
+import vlrt.kernels.schema  # noqa: F401 - registers the ops that TABLE names
 from vlrt.export import branches
 
 OPSET = 18  # what torch.onnx emits without converting, which would inline the functions

@@ -2,14 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.native import ROOT, build
 from vlrt.backends import ort_library
+from vlrt.export.linear_functions import FOUR_BIT, INT8, Format, Variant, function
 
-__all__ = ["ROOT", "build", "doubled", "lane_bias", "run", "session", "video_inputs"]
+__all__ = ["ROOT", "build", "doubled", "lane_bias", "linear_session", "run", "session", "video_inputs"]
 VIDEO = ({"q": 4, "k": 4, "v": 4, "cos": 2, "sin": 2, "k_cache": 4, "v_cache": 4, "past_length": 0}, ("out", "k", "v"))
 LANE = ({**VIDEO[0], "bias": 4}, VIDEO[1])
 SEGMENT = ({"q": 3, "k": 3, "v": 3, "cos": 2, "sin": 2, "cu_seqlens": 1}, ("out",))
@@ -31,6 +33,51 @@ def session(library: ort_library.Library, op: str, simd: str = "auto", threads: 
     options.log_severity_level = 4
     options.add_session_config_entry(ort_library.SIMD, simd)
     options.register_custom_ops_library(str(library.path))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def linear_session(
+    library: ort_library.Library | None,
+    variant: Variant,
+    weights: Format,
+    given: dict[str, np.ndarray],
+    entries: dict[str, str],
+    threads: int = 2,
+) -> Any:
+    """A graph of one linear op with the weights of `given`, other sizes free; without a library it is the body.
+
+    Scales of int8 and biases are inputs.
+    """
+    body = function(variant, weights)
+    stored = ("q_",) if weights is INT8 else tuple(f"{name}_" for name in weights.inputs)
+    constants = [name for name in body.input if name.startswith(stored)]
+    inputs = []
+    for name in body.input:
+        if name not in constants:
+            sizes: list[Any] = [f"{name}{i}" for i in range(2 if name in ("x", "residual") else 1)]
+            if weights is FOUR_BIT and name.startswith("bias"):  # MatMulNBits wants to know it
+                sizes = list(given[name].shape)
+            inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes))
+    outputs = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(variant.num_outputs)]
+    attributes = {}
+    if weights is FOUR_BIT:
+        attributes = {
+            "k": given["x"].shape[1],
+            **{f"n_{i}": len(given[f"codes_{i}"]) for i in range(variant.num_parts)},
+        }
+    node = helper.make_node(body.name, list(body.input), [o.name for o in outputs], domain="vlrt", **attributes)
+    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 18), ("vlrt", 1), ("com.microsoft", 1))]
+    held = [numpy_helper.from_array(given[name], name) for name in constants]
+    graph = helper.make_graph([node], "linear", inputs, outputs, held)
+    functions = [body] if library is None else []
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if library is not None:
+        for entry, level in entries.items():
+            options.add_session_config_entry(entry, level)
+        options.register_custom_ops_library(str(library.path))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -32,7 +32,7 @@ from vlrt.backends.reference import ReferenceBackend
 from vlrt.bundle import MANIFEST, Bundle
 from vlrt.checkpoint import WEIGHTS, Checkpoint
 from vlrt.errors import CheckpointError, ConfigError, ExportError
-from vlrt.export import exporter, int8_functions, quantize, verify
+from vlrt.export import exporter, linear_functions, quantize, verify
 from vlrt.export.exporter import export
 from vlrt.export.onnx import write_graph
 from vlrt.fresh import write_checkpoint
@@ -156,8 +156,8 @@ def test_graphs_keep_the_contract_and_name_our_functions(make_bundle, case):
         called = {n.op_type for n in model.graph.node if n.domain == "vlrt"}
         assert {f.name for f in model.functions} == called | inner
         assert all(f.domain == "vlrt" for f in model.functions)
-        int8 = {variant.name for variant in int8_functions.VARIANTS} if bundle.precision == "int8" else set()
-        assert called - int8 == wanted
+        linears = {v.name(weights) for v in linear_functions.VARIANTS for weights in linear_functions.FORMATS}
+        assert called - linears == wanted
         assert {n.domain for n in model.graph.node} <= {"", "com.microsoft", "vlrt"}
         assert str(Path.cwd()).encode() not in model.SerializeToString()
 

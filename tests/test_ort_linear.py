@@ -11,15 +11,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from tests.bundles import QUICK
 from tests.closeness import assert_close
+from tests.ort_ops import linear_session
 from vlrt.backends import ort_library
 from vlrt.backends.ort import OrtBackend
 from vlrt.bundle import Bundle
-from vlrt.export import int8_functions
-from vlrt.export.int8_functions import VARIANTS, Variant
+from vlrt.export import linear_functions
+from vlrt.export.linear_functions import INT8, VARIANTS, Variant
 
 LEVELS = ("amx_int8", "avx512_vnni", "avx_vnni")
 
@@ -45,26 +46,8 @@ def session(
     level: str = "auto",
     threads: int = 2,
 ) -> Any:
-    """A graph of one op with the weights of `given`, other sizes free; without a library it is the function's body."""
-    function = int8_functions.function(variant)
-    weights = [numpy_helper.from_array(given[name], name) for name in function.input if name.startswith("q_")]
-    ranks = {n: 2 if n in ("x", "residual") else 1 for n in function.input if not n.startswith("q_")}
-    inputs = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, [f"{n}{i}" for i in range(r)]) for n, r in ranks.items()
-    ]
-    outputs = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(variant.num_outputs)]
-    node = helper.make_node(variant.name, list(function.input), [o.name for o in outputs], domain="vlrt")
-    opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 18), ("vlrt", 1), ("com.microsoft", 1))]
-    graph = helper.make_graph([node], "linear", inputs, outputs, weights)
-    functions = [] if library is not None else [function]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    if library is not None:
-        options.add_session_config_entry(ort_library.INT8, level)
-        options.register_custom_ops_library(str(library.path))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    """A graph of one op in int8: see `linear_session`."""
+    return linear_session(library, variant, INT8, given, {ort_library.INT8: level}, threads)
 
 
 def run(made: Any, given: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -120,7 +103,7 @@ def widths_of(variant: Variant, n: int) -> tuple[int, ...]:
     return (n,) * variant.num_parts if variant.gated else (n, 2 * n + 1, 1)[: variant.num_parts]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.suffix)
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (63, 123), (64, 64), (70, 4229), (777, 300)])
 def test_it_is_exact_in_integers(library, level, variant, k, n):
     """Catches a column or row that is lost, mixed up or read behind the end, codes that saturate, one scale for all."""
@@ -136,7 +119,7 @@ def test_it_is_exact_in_integers(library, level, variant, k, n):
 
 def test_rows_beyond_a_cache_are_exact_too(library, level):
     """Catches rows of the second chunk that are written where those of the first one belong."""
-    variant = int8_functions.find(1, bias=True, residual=True)
+    variant = linear_functions.find(1, bias=True, residual=True)
     given = make_inputs(variant, 700, 3000, (70,))
     made = session(library, variant, given, level)
     (out,), (want,) = run(made, given), exact(variant, given, quantised(given))
@@ -144,7 +127,7 @@ def test_rows_beyond_a_cache_are_exact_too(library, level):
     assert_close(out / sizes[:, None].astype(np.float32), want / sizes[:, None])
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.suffix)
 @pytest.mark.parametrize("m", [1, 40])
 def test_it_is_as_near_as_the_body(library, level, variant, m):
     """Catches an op and a body that are not the same function."""
@@ -172,7 +155,7 @@ def test_what_is_no_number_stays_so(library, level, m, bad):
 
 def test_gates_that_are_far_out(library, level):
     """Catches an exponential that overflows where a gate is large on either side."""
-    variant = int8_functions.find(2, bias=True, gated=True)
+    variant = linear_functions.find(2, bias=True, gated=True)
     given = make_inputs(variant, 20, 8, (40, 40))
     given["bias_0"] = np.linspace(-300, 300, 40, dtype=np.float32)
     given["x"] *= 1e-6
@@ -201,7 +184,7 @@ def test_threads_and_levels_change_nothing(library):
 )
 def test_inputs_that_do_not_fit_are_refused_in_words(library, level, change, words):
     """Catches a read behind the end of an array."""
-    variant = int8_functions.find(1, bias=True, residual=True)
+    variant = linear_functions.find(1, bias=True, residual=True)
     given = make_inputs(variant, 2, 4, (3,)) | change
     with pytest.raises(Exception, match=words):
         run(session(library, variant, given, level), given)
@@ -238,37 +221,45 @@ def test_packed_weights_go_with_their_session(library, level):
     assert held[-1] - held[7] < 8 * given["q_0"].nbytes  # of 16 sessions
 
 
-def test_layers_of_a_bundle_are_grouped(make_bundle):
+@pytest.mark.parametrize(
+    ("precision", "prefix", "of_decoder"),
+    [
+        ("fp32", "Float", "Float"),
+        ("int8", "Quantized", "Quantized"),
+        ("int4", "Quantized", "FourBit"),
+    ],
+)
+def test_layers_of_a_bundle_are_grouped(make_bundle, precision, prefix, of_decoder):
     """Catches patterns that an exporter's other order of nodes leaves unmatched: more passes over memory."""
-    bundle = Bundle.open(make_bundle("int8", overrides=QUICK))
+    bundle = Bundle.open(make_bundle(precision, overrides=QUICK))
     cfg = bundle.model
     called = {}
     for graph in ("vision", "decoder", "lm_head"):
         model = onnx.load(bundle.path / f"{graph}.onnx", load_external_data=False)
-        names = [node.op_type for node in model.graph.node if node.op_type.startswith("Quantized")]
+        functions = {function.name for function in model.functions}
+        names = [
+            node.op_type for node in model.graph.node if node.op_type.startswith(("Float", "Quantized", "FourBit"))
+        ]
         called[graph] = {name: names.count(name) for name in names}
-        assert set(called[graph]) <= {function.name for function in model.functions}
+        assert set(called[graph]) <= functions
     layers, depth = cfg.decoder.num_layers, cfg.vision.depth
-    assert called["lm_head"] == {"QuantizedLinear": 1}
+    assert called["lm_head"] == ({} if precision == "fp32" else {"QuantizedLinear": 1})
     assert called["decoder"] == {
-        "QuantizedProjections": layers,
-        "QuantizedLinearAdd": 2 * layers,
-        "QuantizedSwiGLU": layers,
+        f"{of_decoder}Projections": layers,
+        f"{of_decoder}LinearAdd": 2 * layers,
+        f"{of_decoder}SwiGLU": layers,
     }
-    assert called["vision"] == {
-        "QuantizedProjections": depth,
-        "QuantizedLinearBias": 2,
-        "QuantizedLinearBiasAdd": 2 * depth,
-        "QuantizedSwiGLUBias": depth,
-    }
+    vision = {"Projections": depth, "LinearBias": 2, "LinearBiasAdd": 2 * depth, "SwiGLUBias": depth}
+    assert called["vision"] == {f"{prefix}{name}": count for name, count in vision.items()} | {"FloatLinear": 1}
 
 
-def test_a_bundle_takes_them(library, make_bundle, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_a_bundle_takes_them(library, make_bundle, monkeypatch, precision):
     """Catches a runtime that runs the bodies although the library has kernels, without a word."""
     monkeypatch.setattr(ort_library, "DIRECTORY", library.path.parent)
-    bundle = Bundle.open(make_bundle("int8", overrides=QUICK))
+    bundle = Bundle.open(make_bundle(precision, overrides=QUICK))
     before = ort_library.num_kernels(library)
     OrtBackend(bundle, 1)
     made = ort_library.num_kernels(library) - before
-    attention = bundle.model.decoder.num_layers + bundle.model.vision.depth
-    assert (made > attention) == (library.int8 != "none")
+    attention = bundle.model.decoder.num_layers + bundle.model.vision.depth + (library.fp32 != "none")
+    assert (made > attention) == library.packs(precision)

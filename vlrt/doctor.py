@@ -72,7 +72,7 @@ def _ort_library() -> Ability:
         return Ability("libvlrt_ort", False, found)
     exact, coarse = (found.levels[name] for name in (ort_library.AUTO, ort_library.AUTO_BF16))
     also = "" if exact == coarse else f"; {coarse} (bf16) in bundles that are not fp32"
-    return Ability("libvlrt_ort", True, f"attention with {exact}{also}; int8 with {found.int8}")
+    return Ability("libvlrt_ort", True, f"attention with {exact}{also}; int8 with {found.int8}, fp32 with {found.fp32}")
 
 
 def _torch_cuda(reason: str | None) -> Ability:

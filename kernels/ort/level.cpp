@@ -43,14 +43,22 @@ const Level* amx() {
     made.bf16 = &kAmxBf16;
     return made;
   }();
-  static const bool permitted = permitted_amx();
-  return permitted ? &level : nullptr;
+  return has_amx_bf16() ? &level : nullptr;
 }
 #else
 const Level* amx() { return nullptr; }
 #endif
 
 }  // namespace
+
+bool has_amx_bf16() {
+#if defined(VLRT_AMX)
+  static const bool permitted = permitted_amx();
+  return permitted;
+#else
+  return false;
+#endif
+}
 
 const Level* find_level(const char* name) {
   const bool any = std::strcmp(name, "auto-bf16") == 0, best = any || std::strcmp(name, "auto") == 0;

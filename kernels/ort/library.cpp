@@ -1,10 +1,11 @@
-// libvlrt_ort: attention and int8 linear layers of the domain `vlrt` as custom ops of ONNX Runtime's CPU provider, by
-// its C API.
+// libvlrt_ort: attention and linear layers of the domain `vlrt` as custom ops of ONNX Runtime's CPU provider, by its C
+// API.
 //
 // ONNX Runtime finds `RegisterCustomOps`. Session config entries pick levels. `vlrt.simd`, of attention: "auto", the
 // default, is the best one that computes in fp32 throughout, "auto-bf16" may be one with products in bf16. `vlrt.int8`,
-// of int8 linear layers: "auto", the default; where there is none, or it is "none", ONNX Runtime takes the bodies. No
-// exception leaves this file; what is wrong with an input is said in an OrtStatus.
+// of linear layers with weights of 8 or 4 bits, and `vlrt.fp32`, of those with floats: "auto", the default; where there
+// is none, or it is "none", ONNX Runtime takes the bodies. No exception leaves this file; what is wrong with an input
+// is said in an OrtStatus.
 
 #include <atomic>
 #include <exception>
@@ -13,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "context.h"
@@ -51,19 +53,19 @@ OrtStatus* guarded(Body body) noexcept {
 struct Op : OrtCustomOp {
   using Make = std::function<std::unique_ptr<vlrt::Kernel>(const OrtKernelInfo*)>;
 
-  const char* name;
+  std::string name;
   std::vector<ONNXTensorElementDataType> inputs;
   std::size_t num_outputs;
   Make make;
 
-  Op(const char* op_name, std::vector<ONNXTensorElementDataType> op_inputs, std::size_t op_num_outputs, Make op_make)
+  Op(std::string op_name, std::vector<ONNXTensorElementDataType> op_inputs, std::size_t op_num_outputs, Make op_make)
       : OrtCustomOp{},
-        name(op_name),
+        name(std::move(op_name)),
         inputs(std::move(op_inputs)),
         num_outputs(op_num_outputs),
         make(std::move(op_make)) {
     version = kApiVersion;
-    GetName = [](const OrtCustomOp* op) { return self(op).name; };
+    GetName = [](const OrtCustomOp* op) { return self(op).name.c_str(); };
     GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
     GetInputTypeCount = [](const OrtCustomOp* op) { return self(op).inputs.size(); };
     GetInputType = [](const OrtCustomOp* op, std::size_t i) { return self(op).inputs[i]; };
@@ -110,36 +112,50 @@ std::vector<ONNXTensorElementDataType> attention_inputs(std::size_t num_floats) 
   return inputs;
 }
 
-std::vector<ONNXTensorElementDataType> linear_inputs(const vlrt::LinearVariant& variant) {
-  std::vector<ONNXTensorElementDataType> inputs;
-  for (std::size_t i = 0; i < variant.num_inputs(); ++i)
-    inputs.push_back(variant.is_weight(i) ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8 : kFloat);
-  return inputs;
-}
+// Levels of attention and of linear layers; null: none.
+struct Levels {
+  bool operator<(const Levels& other) const {
+    return std::tie(attention, int8, fp32) < std::tie(other.attention, other.int8, other.fp32);
+  }
+
+  const vlrt::Level* attention;
+  const vlrt::LinearLevel* int8;
+  const vlrt::DenseLevel* fp32;
+};
 
 // The ops of one level of each kind.
 struct Domain {
-  Domain(const vlrt::Level* level, const vlrt::LinearLevel* int8) {
+  explicit Domain(const Levels& levels) {
     check(api->CreateCustomOpDomain("vlrt", &domain));
-    add("VideoAttention", attention_inputs(7), 3, plain(vlrt::run_video_attention, *level));
+    add("VideoAttention", attention_inputs(7), 3, plain(vlrt::run_video_attention, *levels.attention));
     auto lane_inputs = attention_inputs(7);
     lane_inputs.push_back(kFloat);
-    add("LaneAttention", std::move(lane_inputs), 3, plain(vlrt::run_lane_attention, *level));
-    add("SegmentAttention", attention_inputs(5), 1, plain(vlrt::run_segment_attention, *level));
-    if (int8 == nullptr) return;
-    for (const vlrt::LinearVariant& variant : vlrt::kLinearVariants)
-      add(variant.name, linear_inputs(variant), variant.num_outputs(),
-          [&variant, int8](const OrtKernelInfo* info) {
-            return std::make_unique<vlrt::LinearKernel>(variant, *int8, info);
+    add("LaneAttention", std::move(lane_inputs), 3, plain(vlrt::run_lane_attention, *levels.attention));
+    add("SegmentAttention", attention_inputs(5), 1, plain(vlrt::run_segment_attention, *levels.attention));
+    for (const vlrt::LinearVariant& variant : vlrt::kLinearVariants) {
+      if (levels.fp32 != nullptr)
+        add_linear(variant, vlrt::kFloatFormat, [&variant, level = levels.fp32](const OrtKernelInfo* info) {
+          return std::make_unique<vlrt::LinearKernel>(variant, *level, info);
+        });
+      for (const vlrt::Format* format : {&vlrt::kInt8Format, &vlrt::kFourBitFormat})
+        if (levels.int8 != nullptr)
+          add_linear(variant, *format, [&variant, format, level = levels.int8](const OrtKernelInfo* info) {
+            return std::make_unique<vlrt::LinearKernel>(variant, *level, info, *format);
           });
+    }
   }
 
   static Op::Make plain(Plain::Run run, const vlrt::Level& level) {
     return [run, &level](const OrtKernelInfo*) { return std::make_unique<Plain>(run, level); };
   }
 
-  void add(const char* name, std::vector<ONNXTensorElementDataType> inputs, std::size_t num_outputs, Op::Make make) {
-    ops.push_back(std::make_unique<Op>(name, std::move(inputs), num_outputs, std::move(make)));
+  void add_linear(const vlrt::LinearVariant& variant, const vlrt::Format& format, Op::Make make) {
+    add(std::string(format.prefix) + variant.name, vlrt::linear_inputs(variant, format), variant.num_outputs(),
+        std::move(make));
+  }
+
+  void add(std::string name, std::vector<ONNXTensorElementDataType> inputs, std::size_t num_outputs, Op::Make make) {
+    ops.push_back(std::make_unique<Op>(std::move(name), std::move(inputs), num_outputs, std::move(make)));
     check(api->CustomOpDomain_Add(domain, ops.back().get()));
   }
 
@@ -147,13 +163,13 @@ struct Domain {
   OrtCustomOpDomain* domain = nullptr;
 };
 
-// Sessions refer to a domain for as long as they live, so there is one per pair of levels, and it is never freed.
-OrtCustomOpDomain* domain_of(const vlrt::Level* level, const vlrt::LinearLevel* int8) {
+// Sessions refer to a domain for as long as they live, so there is one per set of levels, and it is never freed.
+OrtCustomOpDomain* domain_of(const Levels& levels) {
   static std::mutex mutex;
-  static std::map<std::pair<const vlrt::Level*, const vlrt::LinearLevel*>, Domain*> made;
+  static std::map<Levels, Domain*> made;
   const std::lock_guard<std::mutex> lock(mutex);
-  Domain*& found = made[{level, int8}];
-  if (found == nullptr) found = new Domain(level, int8);
+  Domain*& found = made[levels];
+  if (found == nullptr) found = new Domain(levels);
   return found->domain;
 }
 
@@ -177,13 +193,16 @@ VLRT_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtAp
   api = base->GetApi(kApiVersion);
   if (api == nullptr) return base->GetApi(1)->CreateStatus(ORT_FAIL, "libvlrt_ort needs ONNX Runtime 1.17 or newer");
   return guarded([&] {
-    const std::string name = chosen(options, "vlrt.simd"), int8_name = chosen(options, "vlrt.int8");
-    const vlrt::Level* level = vlrt::find_level(name.c_str());
-    if (level == nullptr) throw std::runtime_error("vlrt.simd is '" + name + "', which this processor does not have");
-    const vlrt::LinearLevel* int8 = vlrt::find_linear_level(int8_name.c_str());
-    if (int8 == nullptr && int8_name != "auto" && int8_name != "none")
-      throw std::runtime_error("vlrt.int8 is '" + int8_name + "', which this processor does not have");
-    check(api->AddCustomOpDomain(options, domain_of(level, int8)));
+    const auto pick = [&](const char* entry, auto find, bool optional) {
+      const std::string name = chosen(options, entry);
+      const auto* found = find(name.c_str());
+      if (found == nullptr && !(optional && (name == "auto" || name == "none")))
+        throw std::runtime_error(std::string(entry) + " is '" + name + "', which this processor does not have");
+      return found;
+    };
+    check(api->AddCustomOpDomain(options, domain_of({pick("vlrt.simd", vlrt::find_level, false),
+                                                     pick("vlrt.int8", vlrt::find_linear_level, true),
+                                                     pick("vlrt.fp32", vlrt::find_dense_level, true)})));
   });
 }
 
@@ -193,9 +212,16 @@ VLRT_EXPORT const char* vlrt_level(const char* level) {
   return found == nullptr ? nullptr : found->name;
 }
 
-// Returns the level that "auto" means for int8 on this processor, or "none"; of one that is named: it, or "none".
+// Returns the level that "auto" means for weights of 8 and 4 bits on this processor, or "none"; of one that is named:
+// it, or "none".
 VLRT_EXPORT const char* vlrt_int8(const char* name) {
   const vlrt::LinearLevel* found = vlrt::find_linear_level(name);
+  return found == nullptr ? "none" : found->name;
+}
+
+// Likewise of fp32 linear layers.
+VLRT_EXPORT const char* vlrt_fp32(const char* name) {
+  const vlrt::DenseLevel* found = vlrt::find_dense_level(name);
   return found == nullptr ? "none" : found->name;
 }
 

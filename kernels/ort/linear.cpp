@@ -1,7 +1,10 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "threads.h"
@@ -48,8 +51,9 @@ std::int64_t round_up(std::int64_t value, std::int64_t to) { return divide_up(va
 
 class Run {
  public:
-  Run(const Linear& op, const LinearLevel& level, const Parallel& parallel, const Scratch& scratch)
-      : op_(op), level_(level), parallel_(parallel), scratch_(scratch) {
+  Run(const Linear& op, const std::vector<PackedWeight>& weights, const LinearLevel& level, const Parallel& parallel,
+      const Scratch& scratch)
+      : op_(op), weights_(weights), level_(level), parallel_(parallel) {
     const std::int64_t lines = round_up(op.k, 64) / 64;
     rows_.stride = 64 * (lines | 1);  // an odd number of cache lines: rows do not fall on the same sets
     const std::int64_t padded = round_up(op.m, kBlockRows);
@@ -94,10 +98,10 @@ class Run {
   std::vector<Group> groups(std::int64_t bytes, std::int64_t tasks) const {
     std::vector<Group> found;
     for (int p = 0; p < (op_.gated ? 1 : op_.num_parts); ++p) {
-      const PackedWeight& weight = *op_.parts[p].weight;
+      const PackedWeight& weight = weights_[static_cast<std::size_t>(p)];
       const std::int64_t panels = divide_up(weight.n, kPanel);
       const std::int64_t size =
-          std::max<std::int64_t>(std::min(bytes / (weight.panel_bytes() * pair()), panels / tasks), 1);
+          std::max<std::int64_t>(std::min(bytes / (weight.bytes(kPanel) * pair()), panels / tasks), 1);
       for (std::int64_t i = 0; i < panels; i += size) found.push_back({p, i, std::min(i + size, panels)});
     }
     return found;
@@ -111,9 +115,9 @@ class Run {
       if (level_.begin != nullptr) level_.begin();
       for (std::int64_t i = task.first; i < task.last; ++i) {
         for (int p = 0; p < pair(); ++p) {
-          const PackedWeight& weight = *op_.parts[task.part + p].weight;
-          level_.few(rows_.a, rows_.stride, static_cast<int>(op_.m), op_.k, weight.panel(i), &weight.sum[i * kPanel],
-                     acc[p]);
+          const PackedWeight& weight = weights_[static_cast<std::size_t>(task.part + p)];
+          level_.few(rows_.a, rows_.stride, static_cast<int>(op_.m), op_.k, int8(weight, i * kPanel, kPanel, 0),
+                     &weight.sum[static_cast<std::size_t>(i * kPanel)], acc[p]);
         }
         level_.finish(epilogue(task.part, i * kPanel, kPanel, 0, static_cast<int>(op_.m), acc));
       }
@@ -139,25 +143,28 @@ class Run {
     Epilogue pending[2];
     const Epilogue* before = nullptr;
     int turn = 0;
-    const std::int64_t blocks = divide_up(last - first, kBlockRows), lines = divide_up(32, blocks);
+    const std::int64_t blocks = divide_up(last - first, kBlockRows);
     const int width = level_.width;
     if (level_.begin != nullptr) level_.begin();
     for (std::int64_t col = group.first * kPanel; col < group.last * kPanel; col += width) {
+      const std::int8_t* packed[2] = {};
+      for (int p = 0; p < pair(); ++p)
+        packed[p] = int8(weights_[static_cast<std::size_t>(group.part + p)], col, width, p);
       for (std::int64_t b = 0; b < blocks; ++b, turn ^= 1) {
         const std::int64_t at = first + b * kBlockRows;
         const int count = static_cast<int>(std::min<std::int64_t>(kBlockRows, last - at));
         pending[turn] = epilogue(group.part, col, width, at, count, acc[turn]);
         for (int p = 0; p < pair(); ++p) {
-          const PackedWeight& weight = *op_.parts[group.part + p].weight;
-          const std::int64_t bytes = weight.panel_bytes() / kPanel * width;
-          const std::int8_t* packed = weight.panel(col / kPanel) + col % kPanel / width * bytes;
-          const std::int64_t next = col + width;
-          const std::int8_t* after = weight.panel(next / kPanel) + next % kPanel / width * bytes;
-          Ahead ahead{after + b * lines * bytes / 32, 0, pending[turn].out, pending[turn].ldo, p == 0 ? count : 0};
+          const PackedWeight& weight = weights_[static_cast<std::size_t>(group.part + p)];
+          const std::int64_t next = col + width, steps = weight.padded() / 64;
+          const std::int64_t each = divide_up(divide_up(weight.bytes(width), 64 * steps), blocks);
+          Ahead ahead{at_column(weight, next) + b * each * steps * 64, 0, pending[turn].out, pending[turn].ldo,
+                      p == 0 ? count : 0};
           // The next columns are fetched by and by: as many lines in a step as it reads, divided by blocks.
-          if (next < group.last * kPanel && b * lines < 32) ahead.lines = static_cast<int>(lines);
-          level_.block(row(at), rows_.stride, count, op_.k, packed, &weight.sum[col], acc[turn][p],
-                       p == 0 ? before : nullptr, ahead);
+          if (next < group.last * kPanel && b * each * steps * 64 < weight.bytes(width))
+            ahead.lines = static_cast<int>(each);
+          level_.block(row(at), rows_.stride, count, op_.k, packed[p], &weight.sum[static_cast<std::size_t>(col)],
+                       acc[turn][p], p == 0 ? before : nullptr, ahead);
         }
         before = &pending[turn];
       }
@@ -166,13 +173,27 @@ class Run {
     if (before != nullptr) level_.finish(*before);
   }
 
+  const std::int8_t* at_column(const PackedWeight& weight, std::int64_t col) const {
+    return weight.panel(col / kPanel) + col % kPanel / level_.width * weight.bytes(level_.width);
+  }
+
+  // Columns of a panel in int8: where they are, or, of 4 bits, made in memory of this thread, which has two places.
+  const std::int8_t* int8(const PackedWeight& weight, std::int64_t col, int columns, int place) const {
+    if (weight.bits == 8) return at_column(weight, col);
+    const std::int64_t bytes = weight.padded() * columns, each = weight.padded() * level_.width;
+    auto* to = static_cast<std::int8_t*>(memory_of_thread(static_cast<std::size_t>(2 * bytes))) + place * bytes;
+    for (int i = 0; i < columns / level_.width; ++i)
+      level_.unpack(at_column(weight, col + i * level_.width), op_.k, to + i * each);
+    return to;
+  }
+
   template <int N>
   Epilogue epilogue(int p, std::int64_t col, int cols, std::int64_t row, int rows, const std::int32_t (*acc)[N]) const {
     const LinearPart& part = op_.parts[p];
     Epilogue end{};
     end.acc = acc[0];
     end.ld = cols, end.rows = rows;
-    end.cols = static_cast<int>(std::clamp<std::int64_t>(part.weight->n - col, 0, cols));
+    end.cols = static_cast<int>(std::clamp<std::int64_t>(part.n - col, 0, cols));
     end.row_scale = rows_.scale + row;
     end.scale = part.scale + col, end.bias = part.bias == nullptr ? nullptr : part.bias + col;
     if (op_.gated) {
@@ -180,39 +201,81 @@ class Run {
       end.up_acc = acc[1];
       end.up_scale = up.scale + col, end.up_bias = up.bias == nullptr ? nullptr : up.bias + col;
     }
-    end.ldo = part.weight->n, end.out = part.out + row * end.ldo + col;
+    end.ldo = part.n, end.out = part.out + row * end.ldo + col;
     if (op_.residual != nullptr) end.residual = op_.residual + row * end.ldo + col;
     return end;
   }
 
   const Linear& op_;
+  const std::vector<PackedWeight>& weights_;
   const LinearLevel& level_;
   const Parallel& parallel_;
-  const Scratch& scratch_;
   Rows rows_{};
 };
 
 }  // namespace
 
-std::vector<PackedWeight> pack_weights(const std::vector<Matrix>& matrices, bool gated, const LinearLevel& level) {
-  constexpr std::int64_t kColumns = 8 * kPanel;  // at once: pieces of a row that memory is read in
+namespace {
+
+constexpr std::int64_t kColumns = 8 * kPanel;  // packed at once: pieces of a row that memory is read in
+
+// Packs matrices: `pack(matrix, first column, columns, to, weight)` does so for some columns of one.
+template <typename M, typename Pack>
+std::vector<PackedWeight> packed_by(const std::vector<M>& matrices, bool gated, int bits, const Pack& pack) {
   std::vector<PackedWeight> packed;
-  for (const Matrix& matrix : matrices) {
-    const std::int64_t panels = divide_up(matrix.n, kPanel), bytes = round_up(matrix.k, 64) * kPanel;
-    const bool second = gated && !packed.empty();
-    const std::int64_t apart = gated ? 2 * bytes : bytes;
-    const Block block = second ? packed[0].panels.behind(static_cast<std::size_t>(bytes))
-                               : Block(static_cast<std::size_t>(apart * panels));
-    packed.push_back({matrix.k, matrix.n, apart, block,
-                      std::vector<std::int32_t>(static_cast<std::size_t>(panels * kPanel))});
-    PackedWeight& weight = packed.back();
+  for (const M& matrix : matrices) {
+    const std::int64_t panels = divide_up(matrix.n, kPanel);
+    PackedWeight weight{matrix.k, matrix.n, bits, 0, Block(0), {}};
+    const std::int64_t bytes = weight.bytes(kPanel);
+    weight.apart = gated ? 2 * bytes : bytes;
+    weight.panels = gated && !packed.empty() ? packed[0].panels.behind(static_cast<std::size_t>(bytes))
+                                             : Block(static_cast<std::size_t>(weight.apart * panels));
+    weight.sum.resize(static_cast<std::size_t>(panels * kPanel));
     on_all_cores(static_cast<std::size_t>(divide_up(matrix.n, kColumns)), [&](std::size_t index) {
       const std::int64_t col = static_cast<std::int64_t>(index) * kColumns;
-      level.pack(matrix.q + col, matrix.n, matrix.k, std::min(kColumns, matrix.n - col),
-                 block.as<std::int8_t>() + col / kPanel * apart, apart, &weight.sum[static_cast<std::size_t>(col)]);
+      pack(matrix, col, std::min(kColumns, matrix.n - col),
+           weight.panels.template as<std::int8_t>() + col / kPanel * weight.apart, weight);
     });
+    packed.push_back(std::move(weight));
   }
   return packed;
+}
+
+// Scales [n, groups] as multiples of their column's.
+std::vector<std::uint8_t> factors_of(const FourBitMatrix& matrix) {
+  const std::int64_t groups = divide_up(matrix.k, kGroup);
+  std::vector<std::uint8_t> factors(static_cast<std::size_t>(matrix.n * groups));
+  for (std::int64_t i = 0; i < matrix.n * groups; ++i) {
+    const int zero = matrix.zeros[i / groups * divide_up(groups, 2) + i % groups / 2] >> i % groups % 2 * 4 & 15;
+    const float factor = std::rint(matrix.scales[i] / matrix.scale[i / groups]);
+    const bool whole = std::fabs(matrix.scales[i] - factor * matrix.scale[i / groups]) <= 1e-5f * matrix.scales[i];
+    if (!whole || factor < 0 || factor * static_cast<float>(std::max(zero, 15 - zero)) > 127)
+      throw std::runtime_error("4-bit scales are no multiples of their column's that int8 holds");
+    factors[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(factor);
+  }
+  return factors;
+}
+
+}  // namespace
+
+std::vector<PackedWeight> pack_weights(const std::vector<Matrix>& matrices, bool gated, const LinearLevel& level) {
+  return packed_by(matrices, gated, 8,
+                   [&](const Matrix& from, std::int64_t col, std::int64_t cols, std::int8_t* to, PackedWeight& weight) {
+                     level.pack(from.q + col, from.n, from.k, cols, to, weight.apart,
+                                &weight.sum[static_cast<std::size_t>(col)]);
+                   });
+}
+
+std::vector<PackedWeight> pack_weights(const std::vector<FourBitMatrix>& matrices, bool gated,
+                                       const LinearLevel& level) {
+  std::vector<std::vector<std::uint8_t>> factors;
+  for (const FourBitMatrix& matrix : matrices) factors.push_back(factors_of(matrix));
+  return packed_by(matrices, gated, 4,
+                   [&](const FourBitMatrix& from, std::int64_t col, std::int64_t cols, std::int8_t* to,
+                       PackedWeight& weight) {
+                     level.pack_4bit(from, factors[static_cast<std::size_t>(&from - matrices.data())].data(), col, cols,
+                                     to, weight.apart, &weight.sum[static_cast<std::size_t>(col)]);
+                   });
 }
 
 const LinearLevel* find_linear_level(const char* name) {
@@ -228,9 +291,10 @@ const LinearLevel* find_linear_level(const char* name) {
   return nullptr;
 }
 
-void linear(const Linear& op, const LinearLevel& level, const Parallel& parallel, const Scratch& scratch) {
+void linear(const Linear& op, const std::vector<PackedWeight>& weights, const LinearLevel& level,
+            const Parallel& parallel, const Scratch& scratch) {
   if (op.m == 0) return;
-  Run(op, level, parallel, scratch)();
+  Run(op, weights, level, parallel, scratch)();
 }
 
 }  // namespace vlrt

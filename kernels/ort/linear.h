@@ -1,4 +1,5 @@
-// Linear layers with int8 weights on plain arrays: y = x W * scale + bias + residual, and the gated pair of a SwiGLU.
+// Linear layers with weights of 8 or 4 bits on plain arrays: y = x W * scale + bias + residual, and the gated pair of a
+// SwiGLU.
 //
 // Each row of x is quantised by its own largest magnitude: a = rint(127 x / max|x|). Integer sums are exact, so that
 // every level gives the same ones. Weights are packed once, when a session makes its kernels, in an order of the level.
@@ -17,34 +18,52 @@ constexpr int kPanel = 64;      // columns that lie together
 constexpr int kBlockRows = 32;  // rows that are multiplied with a panel at once
 constexpr int kFewRows = 16;    // up to so many memory bounds, not products
 constexpr int kMaxParts = 3;
+constexpr int kGroup = 32;  // k of a column that share a scale, where weights have 4 bits
 
 struct LinearLevel;
 
 // A weight matrix [k, n] in panels of kPanel columns, zero behind k and n. Those of a gated pair alternate, so that
 // both are read as one stream.
 struct PackedWeight {
-  std::int64_t panel_bytes() const { return (k + 63) / 64 * 64 * kPanel; }
+  std::int64_t padded() const { return (k + 63) / 64 * 64; }
+  // Of so many columns of a panel; of 4 bits also a factor and what is taken off, a byte each per kGroup of k.
+  std::int64_t bytes(std::int64_t columns) const {
+    return bits == 8 ? padded() * columns : padded() * columns / 2 + padded() / kGroup * columns * 2;
+  }
   const std::int8_t* panel(std::int64_t index) const { return panels.as<std::int8_t>() + index * apart; }
 
   std::int64_t k, n;
+  int bits;            // of a weight: 8, or 4, which become 8 when they are read
   std::int64_t apart;  // bytes from one panel to the next
   Block panels;
   std::vector<std::int32_t> sum;  // [n up to a panel], of columns
 };
 
-// [k, n], row after row.
+// int8 weights [k, n], row after row.
 struct Matrix {
   const std::int8_t* q;
   std::int64_t k, n;
 };
 
-// Packs the matrices of one op, which are not needed any more after that.
+// 4-bit weights as com.microsoft::MatMulNBits takes them: w[i, j] = (code - zero) * scale, of column j and the kGroup
+// of k that i is in. Scales are whole multiples of one of their column, so that w / scale of the column is an int8.
+struct FourBitMatrix {
+  const std::uint8_t* codes;  // [n, groups, kGroup / 2], two to a byte, the even one low
+  const float* scales;        // [n, groups]
+  const std::uint8_t* zeros;  // [n, (groups + 1) / 2], likewise two to a byte
+  const float* scale;         // [n]
+  std::int64_t k, n;
+};
+
+// Packs the matrices of one op, which are not needed any more after that. Throws where scales are no such multiples.
 std::vector<PackedWeight> pack_weights(const std::vector<Matrix>& matrices, bool gated, const LinearLevel& level);
+std::vector<PackedWeight> pack_weights(const std::vector<FourBitMatrix>& matrices, bool gated,
+                                       const LinearLevel& level);
 
 // One weight matrix with its own output [M, n].
 struct LinearPart {
-  const PackedWeight* weight;
-  const float* scale;  // [n]
+  std::int64_t n;
+  const float* scale;  // [n]; null where weights are floats
   const float* bias;   // [n], or null
   float* out;          // [M, n]; null for the second part of a gated pair
 };
@@ -98,6 +117,11 @@ struct LinearLevel {
   // Panels of packed, `apart` bytes from each other, = q [k, cols], whose rows are n apart; sum [cols up to a panel].
   void (*pack)(const std::int8_t* q, std::int64_t n, std::int64_t k, std::int64_t cols, std::int8_t* packed,
                std::int64_t apart, std::int32_t* sum);
+  // The same of 4-bit weights, of the columns first .. first + cols; `factors` [n, groups] in place of their scales.
+  void (*pack_4bit)(const FourBitMatrix& from, const std::uint8_t* factors, std::int64_t first, std::int64_t cols,
+                    std::int8_t* packed, std::int64_t apart, std::int32_t* sum);
+  // Packed int8 weights of `width` columns, of those of 4 bits.
+  void (*unpack)(const std::int8_t* from, std::int64_t k, std::int8_t* packed);
   // acc [m, kPanel] = a [m, k] packed; m <= kFewRows, of which all may be read and written.
   void (*few)(const std::int8_t* a, std::int64_t stride, int m, std::int64_t k, const std::int8_t* packed,
               const std::int32_t* sum, std::int32_t* acc);
@@ -113,7 +137,9 @@ struct LinearLevel {
 // Returns the level of that name, or the best one for null or "auto"; null where this processor has none.
 const LinearLevel* find_linear_level(const char* name);
 
-void linear(const Linear& op, const LinearLevel& level, const Parallel& parallel, const Scratch& scratch);
+// `weights` are those of the parts, in their order.
+void linear(const Linear& op, const std::vector<PackedWeight>& weights, const LinearLevel& level,
+            const Parallel& parallel, const Scratch& scratch);
 
 #if defined(__x86_64__)
 extern const LinearLevel kAvxVnni;

@@ -1,25 +1,110 @@
 #include "linear_ops.h"
 
+#include <utility>
+
 namespace vlrt {
 
-LinearKernel::LinearKernel(const LinearVariant& variant, const LinearLevel& level, const OrtKernelInfo* info)
-    : variant_(variant), level_(level) {
-  std::vector<Matrix> matrices;
-  for (std::size_t i = 0; i < variant.num_inputs(); ++i) {
-    if (!variant.is_weight(i)) continue;
-    const OrtValue* value = nullptr;
-    int constant = 0;
-    check(api->KernelInfoGetConstantInput_tensor(info, i, &constant, &value));
-    if (constant == 0) throw std::runtime_error("weights must be constants of the graph");
-    std::vector<std::int64_t> shape;
-    const auto* q = read<std::int8_t>(value, &shape);
-    if (shape.size() != 2) throw std::runtime_error("a weight is " + text(shape) + ", expected [K, N]");
-    matrices.push_back({q, shape[0], shape[1]});
-  }
-  if (variant.gated && (matrices[0].k != matrices[1].k || matrices[0].n != matrices[1].n))
+namespace {
+
+// A constant of a graph and its shape.
+template <typename T>
+const T* constant(const OrtKernelInfo* info, std::size_t input, std::vector<std::int64_t>* shape) {
+  const OrtValue* value = nullptr;
+  int is_constant = 0;
+  check(api->KernelInfoGetConstantInput_tensor(info, input, &is_constant, &value));
+  if (is_constant == 0) throw std::runtime_error("weights must be constants of the graph");
+  return read<T>(value, shape);
+}
+
+std::int64_t attribute(const OrtKernelInfo* info, const std::string& name) {
+  std::int64_t value = 0;
+  check(api->KernelInfoGetAttribute_int64(info, name.c_str(), &value));
+  return value;
+}
+
+template <typename T, typename M>
+M matrix(const OrtKernelInfo* info, std::size_t input) {
+  std::vector<std::int64_t> shape;
+  const T* values = constant<T>(info, input, &shape);
+  if (shape.size() != 2) throw std::runtime_error("a weight is " + text(shape) + ", expected [K, N]");
+  return {values, shape[0], shape[1]};
+}
+
+FourBitMatrix four_bit_matrix(const OrtKernelInfo* info, std::size_t input, int part) {
+  FourBitMatrix found{};
+  found.k = attribute(info, "k"), found.n = attribute(info, "n_" + std::to_string(part));
+  const std::int64_t groups = (found.k + kGroup - 1) / kGroup;
+  std::vector<std::int64_t> shape;
+  found.codes = constant<std::uint8_t>(info, input, &shape);
+  require("codes", shape, {found.n, groups, kGroup / 2});
+  found.scales = constant<float>(info, input + 1, &shape);
+  require("scales", shape, {found.n, groups});
+  found.zeros = constant<std::uint8_t>(info, input + 2, &shape);
+  require("zeros", shape, {found.n, (groups + 1) / 2});
+  found.scale = constant<float>(info, input + 3, &shape);
+  require("scale", shape, {found.n});
+  return found;
+}
+
+template <typename M>
+void require_pair(const LinearVariant& variant, const std::vector<M>& matrices) {
+  if (!variant.gated || matrices.empty()) return;
+  if (matrices[0].k != matrices[1].k || matrices[0].n != matrices[1].n)
     throw std::runtime_error("a gated pair has widths " + std::to_string(matrices[0].n) + " and " +
                              std::to_string(matrices[1].n));
-  weights_ = pack_weights(matrices, variant.gated, level);
+}
+
+}  // namespace
+
+std::vector<ONNXTensorElementDataType> linear_inputs(const LinearVariant& variant, const Format& format) {
+  constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, kBytes = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+  std::vector<ONNXTensorElementDataType> inputs(variant.num_inputs(format), kFloat);
+  for (std::size_t p = 0; p < static_cast<std::size_t>(variant.num_parts); ++p) {
+    const std::size_t first = 1 + p * variant.num_of_part(format);
+    if (format.stored == Stored::kInt8) inputs[first] = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+    if (format.stored == Stored::kFourBit) inputs[first] = inputs[first + 2] = kBytes;
+  }
+  return inputs;
+}
+
+LinearKernel::LinearKernel(const LinearVariant& variant, const LinearLevel& level, const OrtKernelInfo* info,
+                           const Format& format)
+    : variant_(variant), format_(format) {
+  std::vector<Matrix> whole;
+  std::vector<FourBitMatrix> halves;
+  for (int p = 0; p < variant.num_parts; ++p) {
+    const std::size_t input = 1 + static_cast<std::size_t>(p) * variant.num_of_part(format);
+    if (format.stored == Stored::kInt8) {
+      whole.push_back(matrix<std::int8_t, Matrix>(info, input));
+    } else {
+      halves.push_back(four_bit_matrix(info, input, p));
+    }
+  }
+  require_pair(variant, whole);
+  require_pair(variant, halves);
+  auto weights =
+      halves.empty() ? pack_weights(whole, variant.gated, level) : pack_weights(halves, variant.gated, level);
+  k_ = weights[0].k;
+  for (const PackedWeight& weight : weights) widths_.push_back(weight.n);
+  multiply_ = [weights = std::move(weights), &level](const Linear& op, const Parallel& parallel,
+                                                     const Scratch& scratch) {
+    linear(op, weights, level, parallel, scratch);
+  };
+}
+
+LinearKernel::LinearKernel(const LinearVariant& variant, const DenseLevel& level, const OrtKernelInfo* info)
+    : variant_(variant), format_(kFloatFormat) {
+  std::vector<FloatMatrix> matrices;
+  for (std::size_t p = 0; p < static_cast<std::size_t>(variant.num_parts); ++p)
+    matrices.push_back(matrix<float, FloatMatrix>(info, 1 + p * variant.num_of_part(format_)));
+  require_pair(variant, matrices);
+  auto weights = pack_weights(matrices, variant.gated);
+  k_ = weights[0].k;
+  for (const DenseWeight& weight : weights) widths_.push_back(weight.n);
+  multiply_ = [weights = std::move(weights), &level](const Linear& op, const Parallel& parallel,
+                                                     const Scratch& scratch) {
+    dense(op, weights, level, parallel, scratch);
+  };
 }
 
 void LinearKernel::run(OrtKernelContext* given) {
@@ -33,27 +118,27 @@ void LinearKernel::run(OrtKernelContext* given) {
   op.k = x.back(), op.m = 1, op.num_parts = variant_.num_parts, op.gated = variant_.gated;
   for (std::size_t i = 0; i + 1 < x.size(); ++i) op.m *= x[i];
   std::vector<std::int64_t> out = x;
+  if (op.k != k_) throw std::runtime_error("a weight is " + text({k_, widths_[0]}) + " where x is " + text(x));
   for (int p = 0; p < op.num_parts; ++p) {
     LinearPart& part = op.parts[p];
-    part.weight = &weights_[static_cast<std::size_t>(p)];
-    const std::int64_t n = part.weight->n;
-    if (part.weight->k != op.k)
-      throw std::runtime_error("a weight is " + text({part.weight->k, n}) + " where x is " + text(x));
-    ++input;
-    part.scale = context.input<float>(input++, &shape);
-    require("scale", shape, {n});
+    part.n = widths_[static_cast<std::size_t>(p)];
+    input += static_cast<std::size_t>(format_.num_constants);
+    if (format_.scaled) {
+      part.scale = context.input<float>(input++, &shape);
+      require("scale", shape, {part.n});
+    }
     if (variant_.bias) {
       part.bias = context.input<float>(input++, &shape);
-      require("bias", shape, {n});
+      require("bias", shape, {part.n});
     }
-    out.back() = n;
+    out.back() = part.n;
     if (!op.gated || p == 0) part.out = context.output(static_cast<std::size_t>(p), out);
   }
   if (variant_.residual) {
     op.residual = context.input<float>(input, &shape);
     require("residual", shape, out);
   }
-  linear(op, level_, context.parallel(), context.scratch());
+  multiply_(op, context.parallel(), context.scratch());
 }
 
 }  // namespace vlrt

@@ -1,41 +1,70 @@
-// The ops around linear.h: names, inputs, and how they are read.
+// The ops around linear.h and dense.h: names, inputs, and how they are read.
 #pragma once
 
+#include <functional>
+
 #include "context.h"
+#include "dense.h"
 #include "linear.h"
 
 namespace vlrt {
 
-// Inputs: x, then weight (int8 [K, N], a constant), scale and perhaps bias of each part, then perhaps a residual.
+// How weights are stored: what the inputs of a part begin with, before perhaps a bias.
+enum class Stored {
+  kFloat,    // weight (float [K, N])
+  kInt8,     // weight (int8 [K, N]), scale
+  kFourBit,  // codes, scales, zeros as FourBitMatrix has them, scale; attributes k, n_0, n_1, ...
+};
+
+struct Format {
+  Stored stored;
+  const char* prefix;  // of the names of its ops
+  int num_constants;   // inputs of a part that are constants of the graph
+  bool scaled;         // whether a scale [N] follows them
+};
+
+constexpr Format kFloatFormat = {Stored::kFloat, "Float", 1, false};
+constexpr Format kInt8Format = {Stored::kInt8, "Quantized", 1, true};
+constexpr Format kFourBitFormat = {Stored::kFourBit, "FourBit", 3, true};
+
+// Inputs: x, then those of each part, then perhaps a residual.
 struct LinearVariant {
-  const char* name;
+  std::size_t num_of_part(const Format& format) const {
+    return static_cast<std::size_t>(format.num_constants) + (format.scaled ? 1 : 0) + (bias ? 1 : 0);
+  }
+  std::size_t num_inputs(const Format& format) const {
+    return 1 + static_cast<std::size_t>(num_parts) * num_of_part(format) + (residual ? 1 : 0);
+  }
+  std::size_t num_outputs() const { return gated ? 1 : static_cast<std::size_t>(num_parts); }
+
+  const char* name;  // behind the prefix
   int num_parts;
   bool bias, gated, residual;
-
-  std::size_t num_inputs() const { return 1 + num_parts * (bias ? 3u : 2u) + (residual ? 1 : 0); }
-  std::size_t num_outputs() const { return gated ? 1 : static_cast<std::size_t>(num_parts); }
-  bool is_weight(std::size_t input) const {
-    return input >= 1 && input < 1 + num_parts * (bias ? 3u : 2u) && (input - 1) % (bias ? 3 : 2) == 0;
-  }
 };
 
 constexpr LinearVariant kLinearVariants[] = {
-    {"QuantizedLinear", 1, false, false, false},  {"QuantizedLinearBias", 1, true, false, false},
-    {"QuantizedLinearAdd", 1, false, false, true}, {"QuantizedLinearBiasAdd", 1, true, false, true},
-    {"QuantizedProjections", 3, true, false, false}, {"QuantizedSwiGLU", 2, false, true, false},
-    {"QuantizedSwiGLUBias", 2, true, true, false},
+    {"Linear", 1, false, false, false},  {"LinearBias", 1, true, false, false},
+    {"LinearAdd", 1, false, false, true}, {"LinearBiasAdd", 1, true, false, true},
+    {"Projections", 3, true, false, false}, {"SwiGLU", 2, false, true, false},
+    {"SwiGLUBias", 2, true, true, false},
 };
+
+// Types of an op's inputs.
+std::vector<ONNXTensorElementDataType> linear_inputs(const LinearVariant& variant, const Format& format);
 
 // One op of a graph: its weights are constants of the graph, packed once.
 class LinearKernel : public Kernel {
  public:
-  LinearKernel(const LinearVariant& variant, const LinearLevel& level, const OrtKernelInfo* info);
+  LinearKernel(const LinearVariant& variant, const LinearLevel& level, const OrtKernelInfo* info, const Format& format);
+  LinearKernel(const LinearVariant& variant, const DenseLevel& level, const OrtKernelInfo* info);
   void run(OrtKernelContext* context) override;
 
  private:
   const LinearVariant& variant_;
-  const LinearLevel& level_;
-  std::vector<PackedWeight> weights_;
+  const Format& format_;
+  std::int64_t k_ = 0;
+  std::vector<std::int64_t> widths_;
+  std::function<void(const Linear&, const Parallel&, const Scratch&)> multiply_;
 };
 
 }  // namespace vlrt

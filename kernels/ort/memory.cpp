@@ -67,6 +67,18 @@ Block::Block(std::size_t bytes) {
   start_ = {slab, slab->take(size)};
 }
 
+Block Block::alone(std::size_t bytes) {
+  const auto slab = std::make_shared<Slab>(bytes);
+  return Block({slab, slab->take(bytes)});
+}
+
+void* memory_of_thread(std::size_t bytes) {
+  static thread_local Block block = Block::alone(0);  // threads outlive sessions, whose weights lie in shared slabs
+  static thread_local std::size_t size = 0;
+  if (size < bytes) block = Block::alone(bytes), size = bytes;
+  return block.as<void>();
+}
+
 void prefer_huge_pages(const void* start, std::size_t bytes) {
 #if defined(__linux__)
   if (bytes < kHuge / 2) return;

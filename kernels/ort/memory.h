@@ -12,6 +12,9 @@ class Block {
  public:
   explicit Block(std::size_t bytes);
 
+  // Memory that shares its slab with none.
+  static Block alone(std::size_t bytes);
+
   // The same memory, from so many bytes on.
   Block behind(std::size_t bytes) const { return Block({start_, start_.get() + bytes}); }
 
@@ -25,6 +28,9 @@ class Block {
 
   std::shared_ptr<char> start_;
 };
+
+// Memory of the calling thread, valid until it asks for more; what is in it is not defined.
+void* memory_of_thread(std::size_t bytes);
 
 // Asks for huge pages where memory of so many bytes lies, before anyone has written there; what is small is left alone,
 // and a system that has none goes on without.

@@ -73,6 +73,9 @@ extern const Level kAvx512;
 extern const Bf16 kAmxBf16;
 #endif
 
+// Whether the processor has tiles of bf16, and the system lends them.
+bool has_amx_bf16();
+
 // Returns the level of that name; null where this processor does not have it. "auto" is the best one in fp32,
 // "auto-bf16" the best one.
 const Level* find_level(const char* name);

@@ -247,7 +247,7 @@ class OrtBackend:
         except Exception as error:  # onnxruntime raises a class of its own per status code, all below Exception
             raise BundleError(f"{path} does not load in onnxruntime {ort.__version__}: {error}") from error
         _check_contract(path, session, graph, config.dimensions(self.model))
-        if self._int8 and isinstance(self._library, ort_library.Library):  # whose kernels hold weights of their own
+        if isinstance(self._library, ort_library.Library) and self._library.packs(bundle.precision):
             host_memory.let_go(path.with_suffix(".bin").resolve())
         return session
 

@@ -13,7 +13,8 @@ DIRECTORY = Path(__file__).parent.parent / "kernels" / "ort"
 SIMD = "vlrt.simd"  # session config entry: a level that the processor has, AUTO or AUTO_BF16
 AUTO = "auto"  # the best level that computes in fp32 throughout
 AUTO_BF16 = "auto-bf16"  # the best level: products of many queries may be in bf16, sums and softmax are in fp32
-INT8 = "vlrt.int8"  # likewise, of the int8 linear layers: a level, AUTO, or "none": the bodies
+INT8 = "vlrt.int8"  # likewise, of linear layers with weights of 8 or 4 bits: a level, AUTO, or "none": the bodies
+FP32 = "vlrt.fp32"  # likewise, of linear layers in fp32
 MAX_HEAD_DIM = 256  # tile.h: kMaxHeadDim
 
 
@@ -24,12 +25,19 @@ class Library:
     Attributes:
         path: of its file.
         levels: of attention, that AUTO and AUTO_BF16 mean.
-        int8: level of int8 linear layers; "none" where the processor has no VNNI, and the bodies run.
+        int8: level of linear layers with weights of 8 or 4 bits; "none" where the processor has no VNNI, and the bodies
+            run.
+        fp32: level of linear layers in fp32; "none" where the processor has no AMX, and ONNX Runtime is as fast.
     """
 
     path: Path
     levels: dict[str, str]
     int8: str
+    fp32: str
+
+    def packs(self, precision: str) -> bool:
+        """Return whether linear layers of a bundle of this precision keep weights of their own, in memory."""
+        return (self.fp32 if precision == "fp32" else self.int8) != "none"
 
 
 def find(directory: Path | None = None) -> Library | str:
@@ -40,9 +48,10 @@ def find(directory: Path | None = None) -> Library | str:
         return _why_not_built(directory)
     try:
         loaded = ctypes.CDLL(str(path))
-        loaded.vlrt_level.restype = loaded.vlrt_int8.restype = ctypes.c_char_p
+        loaded.vlrt_level.restype = loaded.vlrt_int8.restype = loaded.vlrt_fp32.restype = ctypes.c_char_p
         levels = {name: loaded.vlrt_level(name.encode()).decode() for name in (AUTO, AUTO_BF16)}
-        return Library(path, levels, loaded.vlrt_int8(AUTO.encode()).decode())
+        int8, fp32 = (find_level(AUTO.encode()).decode() for find_level in (loaded.vlrt_int8, loaded.vlrt_fp32))
+        return Library(path, levels, int8, fp32)
     except (OSError, AttributeError) as error:  # built for another system, or cut short
         return f"{path} does not load here ({error}); build it again: pip install --force-reinstall vlrt"
 
