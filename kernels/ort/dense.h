@@ -1,9 +1,9 @@
 // Linear layers with fp32 weights, in fp32: y = x W + bias + residual, and the gated pair of a SwiGLU.
 //
 // Products of many rows go through tiles of bf16 (arXiv 1904.06376). A float is the sum of three bf16: its 24 bits,
-// eight at a time. Of the nine products of two such sums six are computed and added in fp32; the others are below 2^-22 of
-// the whole, less than what sums of some hundred floats are rounded by. Numbers below 2^-110 lose bits, and what is not
-// finite makes no number.
+// eight at a time. Of the nine products of two such sums six are computed and added in fp32; the others are below 2^-22
+// of the whole, less than what sums of some hundred floats are rounded by. Numbers below 2^-110 lose bits, and what is
+// not finite makes no number.
 #pragma once
 
 #include <cstdint>
