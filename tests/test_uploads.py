@@ -122,7 +122,7 @@ def test_answers_are_those_of_patches_cut_on_the_host(make_checkpoint, tmp_path,
             return made[-1]
 
         monkeypatch.setattr(backend, "frame_upload", frame_upload)
-        monkeypatch.setattr(preprocess, "patchify", None)
+        monkeypatch.setattr(preprocess, "cut", None)
         for chunk in (backend.vision_chunk, 1):
             backend.vision_chunk = chunk
             for (source, given), ref in zip(sources, refs, strict=True):
