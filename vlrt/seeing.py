@@ -7,7 +7,7 @@ that the tokens are the same to the bit. Knows the order of this work; no contai
 
 import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -115,12 +115,12 @@ class _Decoding:
 
     def __init__(self, target: Target, steps: int, clock: Clock) -> None:
         self._target, self._steps, self._clock = target, steps, clock
-        self._thread = ThreadPoolExecutor(1, "vlrt-decode")
+        self._thread: threading.Thread | None = None
         self._news = threading.Condition()
         self._data: NDArray[np.uint8] | None = None  # [T, H, W, 3], padded
         self._num_frames = self._num_ready = 0
         self._ended = self._left = False
-        self._frames: Future[Frames]
+        self._frames: Future[Frames] = Future()
 
     def __enter__(self) -> "_Decoding":
         return self
@@ -129,20 +129,26 @@ class _Decoding:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._left = True
-        self._thread.shutdown()
+        if self._thread is not None:
+            self._thread.join()
+        del self._data, self._frames  # an error refers to the calls that it came through, and so to this
 
     def start(self, load: Callable[[], Frames]) -> None:
         """Have a thread decode into this."""
 
-        def run() -> Frames:
+        def run() -> None:
             try:
-                return load()
+                self._frames.set_result(load())
+            except BaseException as error:  # whoever waits raises it
+                self._frames.set_exception(error)
             finally:
                 with self._news:
                     self._ended = True
                     self._news.notify_all()
 
-        self._frames = self._thread.submit(run)
+        thread = threading.Thread(target=run, name="vlrt-decode", daemon=True)  # one at exit keeps nobody waiting
+        thread.start()
+        self._thread = thread
 
     def check(self) -> None:
         """Return where frames are still wanted.
