@@ -17,7 +17,7 @@ from PIL import Image
 from tests.bundles import QUESTION, QUICK, square
 from tests.fakes import FakeBackend, fake_model
 from tests.videos import busy, make, picture
-from vlrt import preprocess, reduction, video
+from vlrt import preprocess, reduction, seeing, video
 from vlrt.answer import Clock
 from vlrt.errors import BackendUnavailable, ConfigError, Stopped, VideoError
 from vlrt.generate import pool
@@ -57,6 +57,13 @@ class Tower(FakeBackend):
         return see(self, self.model, view, clock or Clock(), admit, fits)
 
 
+def wait_for(tower):
+    """Return once the tower has run."""
+    start = time.monotonic()
+    while not tower.seen and time.monotonic() - start < LIMIT:
+        time.sleep(0.001)
+
+
 def threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("vlrt-decode")]
 
@@ -65,6 +72,11 @@ def threads():
 def no_thread_is_left():
     yield
     assert not threads()
+
+
+@pytest.fixture(autouse=True)
+def short_videos_too(monkeypatch):
+    monkeypatch.setattr(seeing, "LEAST_PASSES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +221,18 @@ def test_the_tower_runs_while_later_frames_are_decoded(monkeypatch):
     np.testing.assert_array_equal(seen.tokens, tower.encode(pixels, (4, 4, 6)))
 
 
+@pytest.mark.parametrize("least", [4, 5])
+def test_a_video_of_few_passes_is_decoded_first(least, monkeypatch):
+    """Catches a short video that takes longer, since decoder and tower share two cores."""
+    tower, at = Tower(), []
+    decoder = Decoder(8, lambda i, check: wait_for(tower) if least == 4 and i == 2 else None)
+    tower.before = lambda: at.append(decoder.written)
+    monkeypatch.setattr(seeing, "LEAST_PASSES", least)
+    monkeypatch.setattr(video, "load", decoder)
+    tower.see(View("x.mp4"))
+    assert (at[0] < 8) == (least == 4)
+
+
 @pytest.mark.parametrize("reduce", [Reduction(unchanged=1.0), Reduction(unchanged=0, keep=0.5)])
 def test_what_depends_on_all_frames_is_encoded_when_they_are_there(clip, reduce):
     """Catches tokens that are encoded before it is known whether a question about what is left of them fits."""
@@ -267,16 +291,18 @@ def test_damage_behind_frames_that_were_encoded_is_the_same_error(damaged, make_
 
 def test_an_error_of_the_decoder_is_told_before_frames_that_are_there_are_encoded(monkeypatch):
     """Catches minutes of work for an answer that nobody gets."""
-    tower, failed = Tower(), threading.Event()
+    tower, began, failed = Tower(), threading.Event(), threading.Event()
 
     def script(i, check):
         if i == 6:
+            assert began.wait(LIMIT)
             failed.set()
             raise VideoError("damaged")
 
     monkeypatch.setattr(video, "load", Decoder(8, script))
 
     def before():
+        began.set()
         assert failed.wait(LIMIT)
         for thread in threads():
             thread.join(LIMIT)

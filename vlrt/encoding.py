@@ -38,7 +38,7 @@ def encode(
     """
     upload = upload or backend.frame_upload()
     time, rows, columns = preprocess.grid_of_shape(data.shape, model.vision)
-    step, parts = max(1, backend.vision_chunk // (rows * columns)), []
+    step, parts = _step(backend, rows * columns), []
     for start in range(0, time, step):
         stop = min(start + step, time)
         with clock("decode"):
@@ -51,6 +51,17 @@ def encode(
         with clock("vision"):
             parts.append(backend.encode(pixels, (stop - start, rows, columns)))
     return backend.join(parts)
+
+
+def num_passes(backend: Backend, model: config.Model, shape: tuple[int, ...]) -> int:
+    """Return how many passes of the tower `encode` takes over frames of a shape [T, H, W, 3]."""
+    time, rows, columns = preprocess.grid_of_shape(shape, model.vision)
+    return -(-time // _step(backend, rows * columns))
+
+
+def _step(backend: Backend, patches: int) -> int:
+    """Return how many temporal patches of so many patches each go through the tower at a time."""
+    return max(1, backend.vision_chunk // patches)
 
 
 def encode_kept(

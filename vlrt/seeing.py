@@ -18,12 +18,16 @@ from vlrt import config, content, preprocess, prompt, reduction, video
 from vlrt.answer import Clock
 from vlrt.backends.base import Array, Backend
 from vlrt.content import Source
-from vlrt.encoding import encode, encode_kept
+from vlrt.encoding import encode, encode_kept, num_passes
 from vlrt.errors import Stopped
 from vlrt.generate import pool
 from vlrt.memory import Shown
 from vlrt.reduction import NONE, Reduction
 from vlrt.video import Admit, Frames, Target
+
+# Passes of the tower from which on it does not wait for the last frame. On two cores decoder and tower take from each
+# other: below 8 passes that cost more than it saved, docs/log.md has the times.
+LEAST_PASSES = 8
 
 Fits = Callable[[Shown], object]
 
@@ -84,6 +88,8 @@ def see(backend: Backend, model: config.Model, view: View, clock: Clock, admit: 
             decoding.start(lambda: _load(view, model, decoding, admit, decoding.check))
             with clock("decode"):
                 data = decoding.begun()
+                if data is not None and num_passes(backend, model, data.shape) < LEAST_PASSES:
+                    decoding.wait(len(data))
             tokens = None if data is None else encode(backend, model, data, clock, upload, decoding.wait)
             with clock("decode"):
                 frames = decoding.whole()
