@@ -340,7 +340,7 @@ def test_a_file_that_is_written_over_while_open_is_an_error(path, tmp_path, name
 
 def test_a_file_replaced_while_it_is_read_is_not_remembered_as_what_it_was(path, tmp_path, monkeypatch):
     """Catches answers about a new file under an old one's name: the file is hashed before it is decoded."""
-    from vlrt import runtime as module
+    from vlrt import video as module
 
     old, new = make(tmp_path / "old.mp4", frames=30), make(tmp_path / "new.mp4", frames=50)
     clip, load = tmp_path / "clip.mp4", module.load

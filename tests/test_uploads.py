@@ -1,5 +1,6 @@
 """Frames on their way to a device, with the CPU for one: patches are those of `preprocess.py`, to the bit."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -89,6 +90,47 @@ def test_frames_are_sent_while_others_are_decoded(model, kind, piece, request, m
     assert made.copies[-1][1] == 8
 
 
+class Alone(Recorded):
+    """Notes whether two threads send at once; each takes its time."""
+
+    def begin(self, shape):
+        self.inside, self.together = 0, False
+        return super().begin(shape)
+
+    def _send(self):
+        self.together |= self.inside > 0
+        self.inside += 1
+        threading.Event().wait(0.001)
+        super()._send()
+        self.inside -= 1
+
+
+def test_frames_are_written_by_one_thread_and_asked_for_by_another(model, monkeypatch):
+    """Catches frames that both threads send, or neither."""
+    monkeypatch.setattr(uploads, "PIECE_BYTES", 1)
+    made = Alone(Cutter(model.vision, model.video, torch.float32, CPU))
+    data, ready = made.begin((40, 28, 28, 3)), threading.Semaphore(0)
+
+    def write():
+        for i in range(len(data)):
+            data[i] = i
+            made.written(i + 1)
+            if i % 2:
+                ready.release()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for step in range(20):
+        assert ready.acquire(timeout=20)
+        out = made.patches(data, step, step + 1)
+        ref = preprocess.cut(data, model.video, model.vision, step, step + 1)
+        assert torch.equal(out, torch.from_numpy(ref))
+    writer.join()
+    assert [start for start, _ in made.copies] == [0, *(stop for _, stop in made.copies[:-1])]
+    assert made.copies[-1][1] == 40
+    assert not made.together
+
+
 def test_frames_that_were_changed_are_sent_anew(model, clip):
     """Catches the decoder's frames in the place of those that were made of them: some left out, or one repeated."""
     made = upload(model)
@@ -122,7 +164,7 @@ def test_answers_are_those_of_patches_cut_on_the_host(make_checkpoint, tmp_path,
             return made[-1]
 
         monkeypatch.setattr(backend, "frame_upload", frame_upload)
-        monkeypatch.setattr(preprocess, "patchify", None)
+        monkeypatch.setattr(preprocess, "cut", None)
         for chunk in (backend.vision_chunk, 1):
             backend.vision_chunk = chunk
             for (source, given), ref in zip(sources, refs, strict=True):

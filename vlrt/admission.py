@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from vlrt import config, host_memory, prompt
 from vlrt.errors import ConfigError
-from vlrt.memory import build
+from vlrt.memory import Shown, build, num_dropped
 from vlrt.memory_plan import MARGIN, MIB, Plan, Shape, most_frames
+from vlrt.reduction import NONE, Reduction
 from vlrt.request import Request
 
 
@@ -37,9 +38,30 @@ class Admission:
     let_go: Callable[[], None]
     available: Callable[[], int | None] = host_memory.available_bytes
 
-    def of(self, asked: Request) -> Callable[[int, int, int], None]:
-        """Return what refuses a number of frames, of a height and width in pixels, by raising ConfigError."""
-        return lambda num_frames, height, width: self.check(asked, num_frames, height, width)
+    def of(self, asked: Request, reduce: Reduction) -> Callable[[int, int, int], None]:
+        """Return what refuses a number of frames, of a height and width in pixels, by raising ConfigError.
+
+        Where tokens are to be dropped, positions alone are looked at: by `check_shown`, where pixels decide how many.
+        """
+
+        def admit(num_frames: int, height: int, width: int) -> None:
+            if reduce == NONE:
+                self.check(asked, num_frames, height, width)
+            elif reduce.unchanged is None:
+                grid = Shape(num_frames, height, width, 0, 0).grid_thw(self.model.vision)
+                self.check_shown(asked, Shown(prompt.Media(num_frames == 1, grid, 0.0), num_frames), reduce)
+
+        return admit
+
+    def check_shown(self, asked: Request, shown: Shown, reduce: Reduction) -> None:
+        """Refuse a question about what a reduction leaves of a video.
+
+        Raises:
+            ConfigError: with its answer it is longer than the model's positions.
+        """
+        total = prompt.num_tokens(shown.media.grid_thw, self.model.vision.spatial_merge_size)
+        dropped = total - reduce.num_kept(total - num_dropped(shown.kept))
+        build(self.tokenizer, self.model, asked, shown.media, dropped)
 
     def check(self, asked: Request, num_frames: int, height: int, width: int) -> None:
         """Refuse a question about so many frames of such a size.

@@ -51,7 +51,9 @@ class Answer:
         thought: the chain of thought, or None.
         latents: [L, C] float32, or None.
         usage: counts.
-        timings: seconds per stage, in order: decode, preprocess, vision, prefill, latents, answer, total.
+        timings: seconds per stage, in order: decode, preprocess, vision, prefill, latents, answer, total. Frames of
+            long videos are decoded while earlier ones go through preprocess and vision: `decode` is what the answer
+            waited for frames beside that, so that the stages add up to no more than the total.
         warnings: what was odd about the input, one sentence each.
     """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -43,8 +43,8 @@ class Container:
         failure: the error that ended the last demuxing before the end of the file, or None.
     """
 
-    def __init__(self, source: str | bytes, name: str, video: Video) -> None:
-        """Open `source`: a path, or an encoded video in memory.
+    def __init__(self, source: str | bytes, name: str, video: Video, check: Callable[[], None] = lambda: None) -> None:
+        """Open `source`: a path, or an encoded video in memory. `check` is called before each packet.
 
         Raises:
             VideoError: not a video that can be read, without a video stream, or with pictures beyond the caps.
@@ -53,7 +53,7 @@ class Container:
         self.video = video
         self.warnings: list[str] = []
         self.failure: BaseException | None = None
-        self._source = source
+        self._source, self._check = source, check
         self._skip: Literal["NONREF", "DEFAULT"] = "DEFAULT"  # what the decoder leaves out
         self._open(MAX_THREADS)
 
@@ -93,6 +93,7 @@ class Container:
         packets = self._file.demux(self.stream)
         packet: Packet | None
         while True:
+            self._check()
             try:
                 packet = next(packets, None)
             except Exception as error:  # FFmpeg's errors and those of Python's file objects share no narrower type

@@ -177,7 +177,7 @@ class LiveMemory(Memory):
 
     def _encoded(self, data: NDArray[np.uint8]) -> Array:
         """Run the vision tower over whole temporal patches of frames at the model's size."""
-        return encode(self.backend, self._model, replace(self._like, data=data), Clock())
+        return encode(self.backend, self._model, data, Clock())
 
     def _grid(self, num_patches: int) -> tuple[int, int, int]:
         side = self._model.vision.patch_size

@@ -13,23 +13,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vlrt import preprocess, prompt, reduction, request, saved_clip, session
+from vlrt import prompt, reduction, request, saved_clip, session
 from vlrt.admission import Admission
 from vlrt.answer import Answer, Clock, Stream, drain
 from vlrt.backends import select
-from vlrt.backends.base import Backend, FrameUpload
+from vlrt.backends.base import Backend
 from vlrt.bundle import Bundle
-from vlrt.content import Source, content_key, stamp
-from vlrt.encoding import encode_kept
+from vlrt.content import Source, stamp
 from vlrt.errors import ConfigError, VlrtError
 from vlrt.live import LiveClip, LiveMemory, Window
-from vlrt.memory import Memory, Shown, build, num_dropped
-from vlrt.reduction import NONE, Reduction
+from vlrt.memory import Memory
+from vlrt.reduction import Reduction
 from vlrt.request import Request
 from vlrt.saved_clip import Origin
+from vlrt.seeing import View, see
 from vlrt.session import Clip, Recent
 from vlrt.together import MAX_BYTES, Asked, answer_all, check_names, raise_first
-from vlrt.video import Frames, load
 
 MAX_THREADS = 1024  # more is a slip, and the engine takes minutes to start them
 VIDEO_CACHE_BYTES = 256 * 1024**2
@@ -173,7 +172,7 @@ class Runtime:
             early_exit=early_exit,
         )
         clock = Clock.of(timeout_seconds, stop)
-        return drain(self._answer(video, asked, num_frames, fps, reduction.check(reduce), clock))
+        return drain(self._answer(View(video, num_frames, fps, reduction.check(reduce)), asked, clock))
 
     def stream(
         self,
@@ -198,7 +197,7 @@ class Runtime:
             self.model, self.tokenizer, question, reasoning=reasoning, max_tokens=max_tokens, min_tokens=min_tokens
         )
         clock = Clock.of(timeout_seconds, stop)
-        return Stream(self._answer(video, asked, num_frames, fps, reduction.check(reduce), clock))
+        return Stream(self._answer(View(video, num_frames, fps, reduction.check(reduce)), asked, clock))
 
     def ask_many(self, questions: Sequence[Mapping[str, Any]], *, return_errors: bool = False) -> list[Any]:
         """Answer many questions; each video is read once for all about it, and they are answered side by side.
@@ -222,9 +221,9 @@ class Runtime:
         for number, question in enumerate(questions):
             check_names(question, number, ASKED, ASKED_ALWAYS)
             sampling = question.get("num_frames"), question.get("fps")
-            key = content_key(question["video"], *sampling)
-            name = object() if key is None else (key, reduction.check(question.get("reduce")))
-            groups.setdefault(name, []).append(number)
+            view = View(question["video"], *sampling, reduction.check(question.get("reduce")))
+            name = view.name()
+            groups.setdefault(object() if name is None else name, []).append(number)
         found: list[Any] = [None] * len(questions)
         batch: dict[int, Asked] = {}
         memories: dict[Hashable, Memory] = {}
@@ -273,7 +272,7 @@ class Runtime:
         clock = Clock.of(timeout_seconds, stop)
         request_ = request.check(self.model, self.tokenizer, question, **settings)
         if memory is None:
-            memory = self._see(video, request_, num_frames, fps, reduction.check(reduce), clock)
+            memory = self._see(View(video, num_frames, fps, reduction.check(reduce)), request_, clock)
         return Asked(memory, request_, clock), memory
 
     def open_video(
@@ -301,7 +300,7 @@ class Runtime:
             ConfigError: a setting is out of range, or the video is longer than the model's positions.
         """
         asked = request.check(self.model, self.tokenizer, "?", max_tokens=1)
-        memory = self._see(video, asked, num_frames, fps, reduction.check(reduce), Clock())
+        memory = self._see(View(video, num_frames, fps, reduction.check(reduce)), asked, Clock())
         memory.read()
         return Clip(memory, self.model, self.tokenizer, self._origin)
 
@@ -351,25 +350,16 @@ class Runtime:
     ) -> None:
         self.close()
 
-    def _answer(
-        self,
-        video: Source,
-        asked: Request,
-        num_frames: int | None,
-        fps: float | None,
-        reduce: Reduction,
-        clock: Clock,
-    ) -> Generator[str, None, Answer]:
+    def _answer(self, view: View, asked: Request, clock: Clock) -> Generator[str, None, Answer]:
         """Run all stages that were not run for an earlier question; yield text as it is written, return the Answer."""
         self._open_backend()
         with clock("decode"):
-            before = stamp(video)
-            name = content_key(video, num_frames, fps) if self._recent.max_bytes else None
-            key = None if name is None else (name, reduce)
+            before = stamp(view.video)
+            key = view.name() if self._recent.max_bytes else None
         memory = None if key is None else self._recent.take(key)
         if memory is None:
-            memory = self._see(video, asked, num_frames, fps, reduce, clock)
-            if stamp(video) != before:  # what was decoded may be something else than what has this name
+            memory = self._see(view, asked, clock)
+            if stamp(view.video) != before:  # what was decoded may be something else than what has this name
                 key = None
         try:
             return (yield from memory.answer(asked, clock))
@@ -381,58 +371,19 @@ class Runtime:
         if self._backend is not None:  # else it was closed meanwhile
             self._recent.put(key, memory)
 
-    def _see(
-        self,
-        video: Source,
-        asked: Request,
-        num_frames: int | None,
-        fps: float | None,
-        reduce: Reduction,
-        clock: Clock,
-    ) -> Memory:
-        """Decode and encode a video about which a question is to be answered."""
-        backend = self._open_backend()
-        upload = backend.frame_upload()
-        shown, frames = self._look(video, asked, num_frames, fps, reduce, clock, upload)
-        if reduce != NONE:
-            total = prompt.num_tokens(shown.media.grid_thw, self.model.vision.spatial_merge_size)
-            dropped = total - reduce.num_kept(total - num_dropped(shown.kept))
-            build(self.tokenizer, self.model, asked, shown.media, dropped)  # whether it fits the model's positions
-        tokens, pooled = encode_kept(backend, self.model, frames, shown.kept, clock, upload)
-        return Memory(backend, self.model, self.tokenizer, shown, tokens, pooled, reduce, packs=self._packs)
+    def _see(self, view: View, asked: Request, clock: Clock) -> Memory:
+        """Decode and encode a video about which a question is to be answered; unless that cannot fit."""
+        backend, admission = self._open_backend(), self._admission
+        admit = admission.of(asked, view.reduce)
+        seen = see(
+            backend, self.model, view, clock, admit, lambda shown: admission.check_shown(asked, shown, view.reduce)
+        )
+        return Memory(
+            backend, self.model, self.tokenizer, seen.shown, seen.tokens, seen.pooled, view.reduce, packs=self._packs
+        )
 
     def _open_backend(self) -> Backend:
         backend = self._backend
         if backend is None:
             raise ConfigError("this Runtime is closed; open the bundle again")
         return backend
-
-    def _look(
-        self,
-        video: Source,
-        asked: Request,
-        num_frames: int | None,
-        fps: float | None,
-        reduce: Reduction,
-        clock: Clock,
-        upload: FrameUpload | None,
-    ) -> tuple[Shown, Frames]:
-        """Decode a video, resize its frames, and find what in them is new; unless the question cannot fit.
-
-        Where tokens are to be dropped, how many there will be is not known before.
-        """
-        admit, cfg = (self._admission.of(asked) if reduce == NONE else _anything), self.model
-        with clock("decode"):
-            frames = load(video, cfg.video, cfg.vision, num_frames=num_frames, fps=fps, target=upload, admit=admit)
-            if isinstance(video, Frames):
-                admit(len(frames.data), *preprocess.target_size(frames, cfg.video, cfg.vision))
-        with clock("preprocess"):
-            resized = preprocess.resized(frames, cfg.video, cfg.vision)
-            seconds = preprocess.seconds_per_temporal_patch(resized, cfg.vision)
-            media = prompt.Media(resized.is_image, preprocess.grid_of(resized, cfg.vision), seconds)
-            kept = None if reduce.unchanged is None else reduction.changed(resized, cfg.vision, reduce.unchanged)
-        return Shown(media, len(frames.data), frames.warnings, None if kept is None else kept.reshape(-1)), resized
-
-
-def _anything(num_frames: int, height: int, width: int) -> None:
-    """Refuse nothing."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # importing av takes a while, and arrays do without it
 
 Path: TypeAlias = str | os.PathLike[str]
 Admit: TypeAlias = Callable[[int, int, int], None]
+Check: TypeAlias = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,19 @@ class Memory:
         """See `Target`."""
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What `load` was asked for, and whom it tells: see there."""
+
+    video: Video
+    vision: Vision
+    num_frames: int | None
+    fps: float | None
+    target: Target
+    admit: Admit
+    check: Check
+
+
 def load(
     source: Path | bytes | Sequence[Path] | Frames,
     video: Video,
@@ -108,6 +122,7 @@ def load(
     fps: float | None = None,
     target: Target | None = None,
     admit: Admit = lambda *_: None,
+    check: Check = lambda: None,
 ) -> Frames:
     """Read a video or an image and return its frames, sampled and resized by the rules of qwen-vl-utils.
 
@@ -133,6 +148,7 @@ def load(
         target: gives the memory for a video's frames, and learns of each; None: NumPy does. Images need none.
         admit: told the number of frames, their height and width in pixels at the model's size, as soon as these are
             known: when the first frame is decoded, before there is memory for the others. What it raises is passed on.
+        check: called all along, before each packet and each image of a list. What it raises is passed on.
 
     Raises:
         VideoError: no file, no video stream, damaged where frames are wanted, fewer frames than asked for (or than
@@ -142,8 +158,9 @@ def load(
         raise VideoError(f"num_frames = {num_frames} and fps = {fps} were both given; pass only one of them")
     if isinstance(source, Frames):
         return source
+    wanted = _Wanted(video, vision, num_frames, fps, target or Memory(), admit, check)
     if isinstance(source, Sequence) and not isinstance(source, str | bytes | bytearray | memoryview):
-        return _load_list(source, video, vision, num_frames, fps, target or Memory(), admit)
+        return _load_list(source, wanted)
     content, name = _checked_source(source, video)
     if is_image(content, name):
 
@@ -154,26 +171,18 @@ def load(
 
         data, height, width = read_image(content, name, video, size_of)
         return Frames(data[None], np.zeros(1), None, 0.0, video.fps, height, width, is_image=True)
-    return _load_video(content, name, video, vision, num_frames, fps, target or Memory(), admit)
+    return _load_video(content, name, wanted)
 
 
-def _load_video(
-    source: str | bytes,
-    name: str,
-    video: Video,
-    vision: Vision,
-    num_frames: int | None,
-    fps: float | None,
-    target: Target,
-    admit: Admit,
-) -> Frames:
+def _load_video(source: str | bytes, name: str, wanted: _Wanted) -> Frames:
     from av.video.reformatter import VideoReformatter
 
-    with Container(source, name, video) as container:
+    video = wanted.video
+    with Container(source, name, video, wanted.check) as container:
         times = list_frames(container)
         total = len(times.keys)
         try:
-            count = num_samples(total, times.fps, video, num_frames=num_frames, fps=fps)
+            count = num_samples(total, times.fps, video, num_frames=wanted.num_frames, fps=wanted.fps)
         except VideoError as error:
             raise VideoError(f"{name}: {error}") from None
         indices = frame_indices(total, count)
@@ -186,40 +195,35 @@ def _load_video(
             picture = _upright(to_rgb.reformat(frame, format="rgb24"), matrix)
             if i == 0:
                 height, width = picture.shape[:2]
-                size = frame_size(height, width, count, video, vision)
-                admit(count, *size)
-                data = target.begin((count, *size, 3))
+                size = frame_size(height, width, count, video, wanted.vision)
+                wanted.admit(count, *size)
+                data = wanted.target.begin((count, *size, 3))
             elif picture.shape[:2] != (height, width):
                 container.warn(f"{name} changes its size at {times.seconds[indices[i]]:.2f} s; frames were made equal")
             data[i] = resize(picture, (data.shape[1], data.shape[2]))
-            target.written(i + 1)
+            wanted.target.written(i + 1)
         sample_fps = count / total * times.fps
         seconds = times.seconds[indices]
         warnings = tuple(container.warnings)
     return Frames(data, seconds, times.fps, times.duration_seconds, sample_fps, height, width, warnings=warnings)
 
 
-def _load_list(
-    sources: Sequence[Path],
-    video: Video,
-    vision: Vision,
-    num_frames: int | None,
-    fps: float | None,
-    target: Target,
-    admit: Admit,
-) -> Frames:
+def _load_list(sources: Sequence[Path], wanted: _Wanted) -> Frames:
     """Read image files as the frames of a video: each at its own size, then all at one size."""
+    video, vision = wanted.video, wanted.vision
     if not sources:
         raise VideoError("the list of image files is empty; pass at least one")
     if len(sources) > video.max_source_frames:
         raise VideoError(f"{len(sources)} image files; accepted: at most video.max_source_frames")
-    rate = _checked_fps(video.fps if fps is None else fps)
-    count = len(sources) if num_frames is None else num_samples(len(sources), rate, video, num_frames=num_frames)
+    rate, count = _checked_fps(video.fps if wanted.fps is None else wanted.fps), len(sources)
+    if wanted.num_frames is not None:
+        count = num_samples(count, rate, video, num_frames=wanted.num_frames)
     indices = frame_indices(len(sources), count)
     merge = vision.spatial_merge_size
     data = np.empty((0, 0, 0, 3), np.uint8)
     first, height, width = (0, 0), 0, 0
     for i, index in enumerate(indices):
+        wanted.check()
         content, name = _checked_source(sources[index], video)
         picture, rows, columns = read_image(
             content, name, video, lambda h, w: image_size(h, w, video, vision, merged=merge)
@@ -227,15 +231,15 @@ def _load_list(
         if i == 0:
             first, height, width = picture.shape[:2], rows, columns
             size = frame_size(*first, count, video, vision)
-            admit(count, *size)
-            data = target.begin((count, *size, 3))
+            wanted.admit(count, *size)
+            data = wanted.target.begin((count, *size, 3))
         elif picture.shape[:2] != first:
             raise VideoError(
                 f"{name} is {rows} x {columns} pixels, the list's first image {height} x {width}; "
                 "accepted: images of one size. Resize them, or pass them one by one"
             )
         data[i] = resize(picture, (data.shape[1], data.shape[2]))
-        target.written(i + 1)
+        wanted.target.written(i + 1)
     sample_fps = count / len(sources) * rate
     return Frames(data, indices / rate, rate, len(sources) / rate, sample_fps, height, width)
 

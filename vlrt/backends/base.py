@@ -20,7 +20,10 @@ NO_NUMBER = -1  # in place of a token's id: the model computes NaN
 
 
 class FrameUpload(Protocol):
-    """Takes the frames of one video on their way from the decoder to the vision tower; a `video.Target`."""
+    """Takes the frames of one video on their way from the decoder to the vision tower; a `video.Target`.
+
+    A thread writes them while another asks for patches of those that were written.
+    """
 
     def begin(self, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
         """Return memory for the frames [T, H, W, 3]."""
@@ -61,7 +64,7 @@ class Backend(Protocol):
     has_lanes: bool
 
     def frame_upload(self) -> FrameUpload | None:
-        """Return what takes a video's frames; None: `encode` wants patches from `preprocess.patchify`."""
+        """Return what takes a video's frames; None: `encode` wants pixels from `preprocess.cut`."""
 
     def encode(self, pixels: Floats | Array, grid_thw: tuple[int, int, int]) -> Array:
         """Map the patches [N, patch_dim] of whole temporal patches to video tokens [N_v, C]."""

@@ -6,6 +6,7 @@ model.
 """
 
 import math
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -63,13 +64,14 @@ class Cutter:
 
 
 class FrameUpload:
-    """Frames of one video: see `base.FrameUpload`."""
+    """Frames of one video: see `base.FrameUpload`. One thread may write them while another asks for patches."""
 
     def __init__(self, cutter: Cutter) -> None:
         self._cutter = cutter
         self._given: NDArray[np.uint8] | None = None  # what `begin` handed out
         self._host = self._sent = torch.empty(0, dtype=torch.uint8)
         self._written = self._num_sent = 0
+        self._sending = threading.Lock()
 
     def begin(self, shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
         """See `base.FrameUpload`."""
@@ -81,15 +83,17 @@ class FrameUpload:
 
     def written(self, count: int) -> None:
         """See `base.FrameUpload`."""
-        self._written = count
-        if self._given is not None and (count - self._num_sent) * self._host[0].numel() >= PIECE_BYTES:
-            self._send()
+        with self._sending:
+            self._written = count
+            if self._given is not None and (count - self._num_sent) * self._host[0].numel() >= PIECE_BYTES:
+                self._send()
 
     def patches(self, data: NDArray[np.uint8], start: int, stop: int) -> Tensor:
         """See `base.FrameUpload`."""
         chunk = slice(start * self._cutter.steps, stop * self._cutter.steps)
         if data is self._given:
-            self._send()
+            with self._sending:
+                self._send()
             return self._cutter(self._sent[chunk])
         host = self._pinned(data[chunk].shape)
         host.numpy()[...] = data[chunk]
