@@ -6,7 +6,7 @@ int4: MatMulNBits in the layers of the decoder, int8 elsewhere.
 Knows graphs and recipes for weights; no files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,18 +52,24 @@ class Cut:
         return weight if self.last is None else weight[self.first : self.last]
 
 
-def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
-    """Replace every `vlrt::Linear` of a model; return a recipe for each initializer that it then has."""
+def lower_linears(model: ir.Model, precision: Precision, kept: Collection[str] = ()) -> dict[str, Recipe]:
+    """Replace every `vlrt::Linear` of a model; return a recipe for each initializer that it then has.
+
+    `kept` names weights that stay fp32 in any precision, as those of KEPT_FP32 do.
+    """
     graph = model.graph
+    kept = KEPT_FP32.union(kept)
     recipes: dict[str, Recipe] = {}
     cuts: dict[str, Cut] = {}
     if precision != "fp32":
         for node in [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]:
-            _divide(graph, node, cuts)
+            if _input(node, 1).name not in kept:
+                _divide(graph, node, cuts)
     linears = [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]
-    exact = [node for node in linears if precision == "fp32" or _input(node, 1).name in KEPT_FP32]
-    coarse = [node for node in linears if precision == "int4" and str(_input(node, 1).name).startswith(INT4_PREFIX)]
-    _lower_int8(graph, [node for node in linears if node not in exact and node not in coarse], recipes, cuts)
+    exact = [node for node in linears if precision == "fp32" or _input(node, 1).name in kept]
+    rounded = [node for node in linears if node not in exact]
+    coarse = [node for node in rounded if precision == "int4" and str(_input(node, 1).name).startswith(INT4_PREFIX)]
+    _lower_int8(graph, [node for node in rounded if node not in coarse], recipes, cuts)
     for node in exact:
         _lower_fp32(graph, node, recipes)
     for node in coarse:
