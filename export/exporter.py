@@ -1,7 +1,7 @@
 """`vlrt export`: a checkpoint directory in, a verified bundle out, or nothing.
 
-Orders the work: check what was given, write tables, graphs and text files into a temporary directory, hold the result
-against PyTorch, put it in place.
+Orders the work: check what was given, calibrate what is going to be rounded, write tables, graphs and text files into a
+temporary directory, hold the result against PyTorch, put it in place.
 """
 
 import contextlib
@@ -21,12 +21,13 @@ from vlrt.backends.reference import ReferenceBackend
 from vlrt.bundle import BackendName, Bundle, Manifest, Precision, Table
 from vlrt.checkpoint import Checkpoint, expected_tensors
 from vlrt.errors import CheckpointError, ConfigError, ExportError
-from vlrt.export import graphs, int4_check, onnx, quantize, torch_weights, verify
+from vlrt.export import calibrate, graphs, int4_check, onnx, quantize, smooth, torch_weights, verify
 from vlrt.models import registry
 
 Progress = Callable[[str, float], None]
 
-_WRITE_SHARE = 0.7  # of the progress bar; the gate has the rest
+_CALIBRATE_SHARE = 0.2  # of the progress bar, in int8 and int4
+_WRITE_SHARE = 0.7  # of what is left; the gate has the rest
 _TABLE_ROWS = 8192  # rows converted at a time
 
 
@@ -37,6 +38,7 @@ def export(
     backend: str = "ort",
     precision: str = "fp32",
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Export a checkpoint to a bundle.
 
@@ -48,6 +50,7 @@ def export(
             of the decoder's linear layers in blocks, the rest int8). torch: "fp32", "bf16", "fp16", or "fp8" (linear
             layers of the decoder, the rest bf16).
         progress: told what is being done and which fraction of the whole is done.
+        note: told what one should know about the bundle: layers that are not in its precision.
 
     Returns:
         The path of the bundle.
@@ -72,7 +75,13 @@ def export(
     target = Path(out) if out is not None else Path(f"{checkpoint.name}.vlrt")
     with bundle.writing(target) as directory:
         _check_disk(directory, checkpoint, kind)
-        manifest = _write(checkpoint, directory, engine, kind, tell)
+        smoothing = smooth.NOTHING
+        if kind in ("int8", "int4"):
+            smoothing = _calibrate(checkpoint, tokenizer, kind, tell)
+            tell = _after(tell, _CALIBRATE_SHARE)
+        if smoothing.kept and note is not None:
+            note(smoothing.describe())
+        manifest = _write(checkpoint, directory, engine, kind, smoothing, tell)
         parity = verify.check(
             # What is judged is what is in the bundle: kernels of a library may be there or not where it is opened.
             select.load(Bundle.open(directory), backend, library=False),
@@ -82,7 +91,7 @@ def export(
             lambda done: tell("comparing with PyTorch", _WRITE_SHARE + (1 - _WRITE_SHARE) * done),
         )
         if kind == "int4":
-            parity += (int4_check.check(directory / "decoder.onnx", lambda name: _floats(checkpoint, name)),)
+            parity += (int4_check.check(directory / "decoder.onnx", smoothing.apply(_fetch(checkpoint))),)
         bundle.save_manifest(directory, dataclasses.replace(manifest, parity=parity))
         if failed := [row for row in parity if not row.ok]:
             raise ExportError(
@@ -93,8 +102,31 @@ def export(
     return target
 
 
+def _calibrate(
+    checkpoint: Checkpoint, tokenizer: prompt.Tokenizer, precision: Precision, tell: Progress
+) -> smooth.Smoothing:
+    """Run the reference, layer by layer, and choose by what its layers read."""
+    cfg, half = checkpoint.model, _CALIBRATE_SHARE / 2
+    layers = [site.layers[0] for site in smooth.sites(cfg)]
+    seen = calibrate.observe(checkpoint, tokenizer, layers, lambda done: tell("calibrating", half * done))
+    int4 = precision == "int4"
+    return smooth.choose(
+        cfg, seen, _fetch(checkpoint), int4=int4, progress=lambda done: tell("calibrating", half + half * done)
+    )
+
+
+def _after(tell: Progress, share: float) -> Progress:
+    """Return what reports fractions of the work that is left once a share is done."""
+    return lambda label, fraction: tell(label, share + (1 - share) * fraction)
+
+
 def _write(
-    checkpoint: Checkpoint, directory: Path, engine: BackendName, precision: Precision, tell: Progress
+    checkpoint: Checkpoint,
+    directory: Path,
+    engine: BackendName,
+    precision: Precision,
+    smoothing: smooth.Smoothing,
+    tell: Progress,
 ) -> Manifest:
     """Write every file of a bundle except what the gate adds; return its manifest."""
     cfg = checkpoint.model
@@ -117,10 +149,11 @@ def _write(
     else:
         for graph, model in graphs.trace_all(registry.build(cfg)):
             tell(f"writing graph {graph.name}", _WRITE_SHARE * min(done / total, 1.0))
-            recipes = quantize.lower_linears(model, precision)
-            if recipes.pop(quantize.HEAD, None) is not None:
+            recipes = quantize.lower_linears(model, precision, smoothing.kept)
+            if quantize.HEAD in recipes and (head or embed).dtype == "float32":
+                del recipes[quantize.HEAD]
                 onnx.share_table(model, quantize.HEAD, head or embed, directory)
-            onnx.write_graph(model, directory, recipes, lambda name: _floats(checkpoint, name), wrote)
+            onnx.write_graph(model, directory, recipes, smoothing.apply(_fetch(checkpoint)), wrote)
             written[graph.name] = graph
     for name in prompt.FILES:
         if (checkpoint.path / name).is_file():
@@ -143,9 +176,12 @@ def _write(
     return manifest
 
 
-def _floats(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = checkpoint.weight(name).float().numpy()
-    return array
+def _fetch(checkpoint: Checkpoint) -> onnx.Fetch:
+    def floats(name: str) -> NDArray[np.float32]:
+        array: NDArray[np.float32] = checkpoint.weight(name).float().numpy()
+        return array
+
+    return floats
 
 
 def _write_table(

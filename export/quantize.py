@@ -6,7 +6,7 @@ the decoder's layers, int8 elsewhere.
 Knows graphs and recipes for weights; no files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,9 +52,13 @@ class Cut:
         return weight if self.last is None else weight[self.first : self.last]
 
 
-def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
-    """Replace every `vlrt::Linear` of a model; return a recipe for each initializer that it then has."""
+def lower_linears(model: ir.Model, precision: Precision, kept: Collection[str] = ()) -> dict[str, Recipe]:
+    """Replace every `vlrt::Linear` of a model; return a recipe for each initializer that it then has.
+
+    `kept` names weights that stay fp32 in any precision, as those of KEPT_FP32 do.
+    """
     graph = model.graph
+    kept = KEPT_FP32.union(kept)
     recipes: dict[str, Recipe] = {}
     cuts: dict[str, Cut] = {}
     for node in _linears(graph):
@@ -62,10 +66,11 @@ def lower_linears(model: ir.Model, precision: Precision) -> dict[str, Recipe]:
     formats: dict[linear_functions.Format, list[ir.Node]] = {}
     for node in _linears(graph):
         name = str(_input(node, 1).name)
-        if precision == "fp32" and name == HEAD:
+        weights = _format(name, precision, kept=cuts.get(name, Cut(name)).source in kept)
+        if name == HEAD and weights is linear_functions.FLOAT:
             _lower_head(graph, node)
         else:
-            formats.setdefault(_format(name, precision), []).append(node)
+            formats.setdefault(weights, []).append(node)
     for weights, linears in formats.items():
         _lower(graph, linears, weights, recipes, cuts)
     linear_functions.attach(model)
@@ -80,9 +85,9 @@ def _linears(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if (node.domain, node.op_type) == (DOMAIN, "Linear")]
 
 
-def _format(name: str, precision: Precision) -> linear_functions.Format:
-    """Return how a weight is stored."""
-    if precision == "fp32" or name in KEPT_FP32:
+def _format(name: str, precision: Precision, *, kept: bool) -> linear_functions.Format:
+    """Return how a weight is stored; `kept`: in fp32."""
+    if precision == "fp32" or kept:
         return linear_functions.FLOAT
     coarse = precision == "int4" and name.startswith(INT4_PREFIX)
     return linear_functions.FOUR_BIT if coarse else linear_functions.INT8

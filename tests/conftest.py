@@ -15,6 +15,7 @@ from vlrt.checkpoint import Checkpoint
 LONGEST = [
     "pretrained",
     "export",
+    "smooth",
     "reproduce",
     "train_loop",
     "benches",

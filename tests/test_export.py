@@ -291,8 +291,8 @@ def test_a_wrong_graph_is_not_written(make_checkpoint, place, monkeypatch, model
     """Catches a gate that does not look, and one whose verdict comes after the bundle is in place."""
     lower = quantize.lower_linears
 
-    def damaged(graph, precision):
-        recipes = lower(graph, precision)
+    def damaged(graph, precision, kept):
+        recipes = lower(graph, precision, kept)
         for name, recipe in recipes.items():
             if recipe.source == weight:
                 recipes[name] = quantize.Recipe(weight, recipe.dtype, lambda w, make=recipe.make: make(w)[::-1].copy())

@@ -147,8 +147,8 @@ def test_a_damaged_bundle_is_not_written(make_checkpoint, tmp_path, monkeypatch)
     """Catches limits so wide that garbage passes: one matrix whose rows are in the wrong order."""
     lower = quantize.lower_linears
 
-    def damaged(graph, precision):
-        recipes = lower(graph, precision)
+    def damaged(graph, precision, kept):
+        recipes = lower(graph, precision, kept)
         for name, recipe in recipes.items():
             if recipe.source == WEIGHT:
                 recipes[name] = quantize.Recipe(WEIGHT, recipe.dtype, lambda w, make=recipe.make: make(w)[::-1].copy())

@@ -96,6 +96,7 @@ def export(args: argparse.Namespace) -> None:
     from vlrt import pretrained
     from vlrt.export import exporter
 
+    notes: list[str] = []
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("export", total=1.0)
         path = exporter.export(
@@ -104,7 +105,10 @@ def export(args: argparse.Namespace) -> None:
             backend=args.backend,
             precision=args.precision,
             progress=lambda stage, fraction: progress.update(task, description=stage, completed=fraction),
+            note=notes.append,
         )
+    for text in notes:
+        _complain("note", text)
     _print_parity(_bundle_facts(path)["parity"])
     _put(str(path))
 

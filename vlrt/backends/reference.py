@@ -3,12 +3,12 @@
 Runs models/ in fp32, either whole or layer by layer with one layer's weights in memory at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlrt import positions
 from vlrt.backends.base import Floats, Ids
@@ -39,6 +39,12 @@ class ReferenceBackend:
         else:
             registry.load(self._module, self._fetch)
         self._table = self._fetch("model.embed_tokens.weight")
+
+    def watch(self, see: Callable[[str, Tensor], None]) -> None:
+        """From now on tell `see` what each linear layer reads: the name of its weight, and its input [..., C]."""
+        for name, module in self._module.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda _, inputs, name=f"{name}.weight": see(name, inputs[0]))
 
     def frame_upload(self) -> None:
         """See `base.Backend`."""
