@@ -116,6 +116,10 @@ class Run {
       for (std::int64_t i = task.first; i < task.last; ++i) {
         for (int p = 0; p < pair(); ++p) {
           const PackedWeight& weight = weights_[static_cast<std::size_t>(task.part + p)];
+          if (weight.bits == 4 && level_.few_4bit != nullptr) {
+            level_.few_4bit(rows_.a, op_.k, weight.panel(i), acc[p]);
+            continue;
+          }
           level_.few(rows_.a, rows_.stride, static_cast<int>(op_.m), op_.k, int8(weight, i * kPanel, kPanel, 0),
                      &weight.sum[static_cast<std::size_t>(i * kPanel)], acc[p]);
         }

@@ -125,6 +125,8 @@ struct LinearLevel {
   // acc [m, kPanel] = a [m, k] packed; m <= kFewRows, of which all may be read and written.
   void (*few)(const std::int8_t* a, std::int64_t stride, int m, std::int64_t k, const std::int8_t* packed,
               const std::int32_t* sum, std::int32_t* acc);
+  // The same of packed 4-bit weights; null: they are unpacked first.
+  void (*few_4bit)(const std::int8_t* a, std::int64_t k, const std::int8_t* packed, std::int32_t* acc);
   // acc [rows, width] = a [rows, k] packed; rows <= kBlockRows, of which all may be read. On the way it finishes what
   // is pending, where that is not null.
   void (*block)(const std::int8_t* a, std::int64_t stride, int rows, std::int64_t k, const std::int8_t* packed,
