@@ -14,7 +14,7 @@ from vlrt.errors import ConfigError
 from vlrt.sampling import size_factor
 
 VISION_CHUNK = 1024  # patches per pass of the vision tower, rounded up to whole temporal patches
-PREFILL_CHUNK = 512  # positions per pass of the decoder
+PREFILL_CHUNK = 768  # positions per pass of the decoder
 MARGIN = 0.15  # by which a prediction may be too high
 MIB = 2**20
 PARTS = ("frames", "pixels", "vision_pass", "tokens", "embeds", "cache", "decoder_pass", "logits", "fixed")

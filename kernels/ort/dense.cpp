@@ -11,7 +11,7 @@
 namespace vlrt {
 namespace {
 
-constexpr std::int64_t kRowsTogether = 32, kChunkRows = 512;
+constexpr std::int64_t kRowsTogether = 32, kChunkRows = 768;
 constexpr std::int64_t kSlice = 1024;         // of k, that a group of split panels has in the second-level cache
 constexpr std::int64_t kGroupPanels = 4;      // likewise
 constexpr std::int64_t kTaskBytes = 1 << 18;  // of weights, that are worth a task where rows are few
