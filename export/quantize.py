@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from vlrt.bundle import Precision
-from vlrt.export import int4, linear_functions
+from vlrt.export import int4, linear_functions, patterns
 from vlrt.export.translate import DOMAIN
 
 Floats = NDArray[np.float32]
@@ -65,7 +65,7 @@ def lower_linears(model: ir.Model, precision: Precision, kept: Collection[str] =
         _divide(graph, node, cuts)
     formats: dict[linear_functions.Format, list[ir.Node]] = {}
     for node in _linears(graph):
-        name = str(_input(node, 1).name)
+        name = str(patterns.input_of(node, 1).name)
         weights = _format(name, precision, kept=cuts.get(name, Cut(name)).source in kept)
         if name == HEAD and weights is linear_functions.FLOAT:
             _lower_head(graph, node)
@@ -124,27 +124,27 @@ def _lower(
     for node in linears:
         if node not in left:
             continue
-        x = _input(node, 0)
-        same = [other for other in left if _input(other, 0) is x]
+        x = patterns.input_of(node, 0)
+        same = [other for other in left if patterns.input_of(other, 0) is x]
         parts, last, ended, residual, variant = [node], node, [node], None, None
-        if gate := _gate(same, node):
+        if gate := patterns.gate(same, node):
             parts, ended = gate
             last = ended[-1]
-            variant = linear_functions.find(2, bias=_bias(node) is not None, gated=True)
-        elif len(same) == 3 and all(_bias(part) is not None for part in same):
+            variant = linear_functions.find(2, bias=patterns.bias_of(node) is not None, gated=True)
+        elif len(same) == 3 and all(patterns.bias_of(part) is not None for part in same):
             parts = ended = same
             variant = linear_functions.find(3, bias=True)
         else:
-            if add := _residual(node):
+            if add := patterns.residual(node):
                 last, residual = add
                 ended = [node, last]
-            variant = linear_functions.find(1, bias=_bias(node) is not None, residual=residual is not None)
+            variant = linear_functions.find(1, bias=patterns.bias_of(node) is not None, residual=residual is not None)
         assert variant is not None
         inputs, sizes = [x], {}
         for i, part in enumerate(parts):
-            weight = _input(part, 1)
+            weight = patterns.input_of(part, 1)
             inputs += _STORED[weights](graph, weight, recipes, cuts.get(str(weight.name), Cut(str(weight.name))))
-            inputs += [] if (bias := _bias(part)) is None else [bias]
+            inputs += [] if (bias := patterns.bias_of(part)) is None else [bias]
             if weights is linear_functions.FOUR_BIT:
                 assert weight.shape is not None
                 sizes[f"n_{i}"], sizes["k"] = weight.shape.numpy()
@@ -197,7 +197,7 @@ def _divide(graph: ir.Graph, node: ir.Node, cuts: dict[str, Cut]) -> None:
 
     What is matched: [N, 3 H D] -> Reshape [N, 3, H, D] -> Slice and Squeeze of each third.
     """
-    parts, weight, bias = _thirds(node), _input(node, 1), _bias(node)
+    parts, weight, bias = patterns.thirds(node), patterns.input_of(node, 1), patterns.bias_of(node)
     if parts is None or bias is None:
         return
     reshape, slices, squeezes = parts
@@ -205,7 +205,7 @@ def _divide(graph: ir.Graph, node: ir.Node, cuts: dict[str, Cut]) -> None:
     num_outputs, num_inputs = weight.shape.numpy()
     rows = num_outputs // 3
     for i, squeeze in enumerate(squeezes):
-        inputs = [_input(node, 0)]
+        inputs = [patterns.input_of(node, 0)]
         for whole, shape in ((weight, (rows, num_inputs)), (bias, (rows,))):
             third = _initializer(graph, f"{whole.name}.{i}", ir.DataType.FLOAT, ir.Shape(shape))
             cuts[str(third.name)] = Cut(str(whole.name), i * rows, (i + 1) * rows)
@@ -220,79 +220,6 @@ def _divide(graph: ir.Graph, node: ir.Node, cuts: dict[str, Cut]) -> None:
             value.name = f"{squeeze.outputs[0].name}.{name}"
         _replace(graph, [squeeze], squeeze, [linear, shape_of, view])
     graph.remove([*slices, reshape, node], safe=True)
-
-
-def _thirds(node: ir.Node) -> tuple[ir.Node, list[ir.Node], list[ir.Node]] | None:
-    """Return the Reshape, Slice and Squeeze nodes that cut a layer's output into thirds; the last in order."""
-    readers = _readers(node.outputs[0])
-    if [reader.op_type for reader in readers] != ["Reshape"]:
-        return None
-    view = readers[0].outputs[0]
-    slices = _readers(view)
-    if view.shape is None or len(view.shape) != 4 or view.shape[1] != 3:
-        return None
-    thirds = {}
-    for cut in slices:
-        start = ir.convenience.get_const_tensor(_input(cut, 1)) if cut.op_type == "Slice" else None
-        after = _readers(cut.outputs[0])
-        if start is None or [reader.op_type for reader in after] != ["Squeeze"]:
-            return None
-        thirds[int(start.numpy()[0])] = after[0]
-    return (readers[0], slices, [thirds[i] for i in range(3)]) if sorted(thirds) == [0, 1, 2] else None
-
-
-def _gate(same: list[ir.Node], node: ir.Node) -> tuple[list[ir.Node], list[ir.Node]] | None:
-    """Return gate and up projection of a SwiGLU whose gate is `node`, and the nodes to replace, the last one last."""
-    gate = node.outputs[0]
-    readers = _readers(gate)
-    if sorted(reader.op_type for reader in readers) != ["Mul", "Sigmoid"]:
-        return None
-    silu, sigmoid = sorted(readers, key=lambda reader: reader.op_type)
-    if set(silu.inputs) != {gate, sigmoid.outputs[0]} or len(_readers(sigmoid.outputs[0])) != 1:
-        return None
-    after = _readers(silu.outputs[0])
-    if len(after) != 1 or after[0].op_type != "Mul":
-        return None
-    product = after[0]
-    for up in same:
-        alike = (_bias(up) is None) == (_bias(node) is None)
-        if alike and up.outputs[0] in product.inputs and len(_readers(up.outputs[0])) == 1:
-            return [node, up], [node, up, sigmoid, silu, product]
-    return None
-
-
-def _residual(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """Return the Add that is all that reads a layer's output, and the activation of the same shape that it adds."""
-    out = node.outputs[0]
-    readers = _readers(out)
-    if len(readers) != 1 or readers[0].op_type != "Add":
-        return None
-    others = [value for value in readers[0].inputs if value is not None and value is not out]
-    if len(others) != 1 or others[0].is_initializer() or not _alike(others[0].shape, out.shape):
-        return None
-    return readers[0], others[0]
-
-
-def _alike(a: ir.Shape | None, b: ir.Shape | None) -> bool:
-    """Return whether shapes have one rank and equal numbers; free dimensions go by other names at a graph's inputs."""
-    if a is None or b is None or len(a) != len(b):
-        return False
-    return all(x == y if isinstance(x, int) else not isinstance(y, int) for x, y in zip(a, b, strict=True))
-
-
-def _readers(value: ir.Value) -> list[ir.Node]:
-    """Return the nodes that read a value; none where it leaves the graph, so that no pattern takes it away."""
-    return [] if value.is_graph_output() else list(dict.fromkeys(use.node for use in value.uses()))
-
-
-def _input(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    assert value is not None
-    return value
-
-
-def _bias(node: ir.Node) -> ir.Value | None:
-    return node.inputs[2] if len(node.inputs) > 2 else None
 
 
 def _replace(graph: ir.Graph, old: list[ir.Node], last: ir.Node, new: list[ir.Node]) -> None:

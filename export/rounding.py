@@ -1,7 +1,8 @@
 """Simulates what int8 and int4 products round, to say how far off a layer's outputs will be. No graphs, no files.
 
-Weights: as `quantize.quantize_columns` rounds them to int8, or `int4.quantize_blocks` to int4. Each row of activations by
-its own largest magnitude, as kernels/ort/linear.h does; int4's operator in ONNX Runtime does so by blocks, which is finer.
+Weights: as `quantize.quantize_columns` rounds them to int8, or `int4.quantize_blocks` to int4. Each row of activations
+by its own largest magnitude, as kernels/ort/linear.h does; int4's operator in ONNX Runtime does so by blocks, which is
+finer.
 """
 
 from collections.abc import Sequence
