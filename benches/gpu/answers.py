@@ -101,7 +101,7 @@ def answer(backend: TorchBackend, clip: Clip, how: str, num_tokens: int, *, apar
     upload = backend.frame_upload()
     frames = clip.frames(upload)
     mark("decode")
-    tokens = encoding.encode(backend, model, frames, Clock(), upload)
+    tokens = encoding.encode(backend, model, frames.data, Clock(), upload)
     mark("vision")
     grid, seconds = (f(frames, model.vision) for f in (preprocess.grid_of, preprocess.seconds_per_temporal_patch))
     built = random_model.built_prompt(model, grid, seconds, latent=latent)

@@ -58,7 +58,7 @@ def vision(backend: TorchBackend, setting: Setting, num_tokens: int) -> dict[str
     side = SIDE * model.vision.patch_size
     noise = np.random.default_rng(0).integers(0, 256, (grid[0] * 2, side, side, 3), np.uint8)
     frames = Frames.from_array(noise, fps=2.0)
-    sent = timing.wall(lambda: encoding.encode(backend, model, frames, Clock()), setting.device, RUNS)
+    sent = timing.wall(lambda: encoding.encode(backend, model, frames.data, Clock()), setting.device, RUNS)
     flops = counts.vision_flops(model.vision, grid, windows.tolist())
     found = {"seconds": stage, "from_frames": sent, "tower": alone, "flops": flops}
     return {**found, "tower_flops_per_second": flops / alone["median"]}

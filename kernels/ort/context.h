@@ -3,6 +3,9 @@
 
 #include <onnxruntime_c_api.h>
 
+#include <exception>
+#include <functional>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -80,16 +83,28 @@ class Context {
     return static_cast<float*>(data);
   }
 
-  // On ONNX Runtime's own threads, one call at a time: the work of two calls may differ by much.
+  // On ONNX Runtime's own threads, one call at a time: the work of two calls may differ by much. What a call throws is
+  // thrown here, once the others are done: ONNX Runtime would end the process.
   Parallel parallel() const {
     return [this](std::size_t count, const std::function<void(std::size_t)>& body) {
       if (count == 0) return;
       if (count == 1) return body(0);
-      auto call = [](void* data, std::size_t index) {
-        (*static_cast<const std::function<void(std::size_t)>*>(data))(index);
+      struct Call {
+        const std::function<void(std::size_t)>& body;
+        std::mutex mutex;
+        std::exception_ptr thrown;
+      } call{body, {}, nullptr};
+      auto run = [](void* data, std::size_t index) {
+        Call& made = *static_cast<Call*>(data);
+        try {
+          made.body(index);
+        } catch (...) {
+          const std::lock_guard<std::mutex> lock(made.mutex);
+          made.thrown = std::current_exception();
+        }
       };
-      check(api->KernelContext_ParallelFor(context_, call, count, count,
-                                           const_cast<void*>(static_cast<const void*>(&body))));
+      check(api->KernelContext_ParallelFor(context_, run, count, count, &call));
+      if (call.thrown != nullptr) std::rethrow_exception(call.thrown);
     };
   }
 
