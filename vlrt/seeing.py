@@ -26,8 +26,8 @@ from vlrt.reduction import NONE, Reduction
 from vlrt.video import Admit, Frames, Target
 
 # Passes of the tower from which on it does not wait for the last frame. On two cores decoder and tower take from each
-# other: below 8 passes that cost more than it saved, docs/log.md has the times.
-LEAST_PASSES = 8
+# other: up to 8 passes that cost about what it saved, docs/log.md has the times.
+LEAST_PASSES = 16
 
 Fits = Callable[[Shown], object]
 
