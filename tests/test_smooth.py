@@ -277,8 +277,7 @@ def test_a_layer_beyond_rescue_stays_fp32_and_is_named(make_checkpoint, tmp_path
         export(checkpoint.path, tmp_path / "y.vlrt", precision="int8")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(("tie", "dtype"), [(True, "float32"), (False, "bfloat16")])
 def test_a_head_may_stay_fp32(make_checkpoint, tmp_path, monkeypatch, tie, dtype):
     """Catches a head that is read from a table of another dtype, and one that has no weights at all."""
     checkpoint = make_checkpoint(overrides=QUICK, latent=None, tie=tie, dtype=dtype)
