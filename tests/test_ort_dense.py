@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ort_linear_ops import run, widths_of
 from tests.ort_ops import linear_session
-from tests.test_ort_linear import run, widths_of
 from vlrt.backends import ort_library
 from vlrt.export import linear_functions
 from vlrt.export.linear_functions import FLOAT, VARIANTS, Variant

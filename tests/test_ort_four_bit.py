@@ -5,9 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from tests.closeness import assert_close
+from tests.ort_linear_ops import assert_exact, exact, level, run, widths_of
 from tests.ort_ops import linear_session
-from tests.test_ort_linear import exact, largest_terms, level, quantised, run, widths_of
 from vlrt.backends import ort_library
 from vlrt.export import int4
 from vlrt.export.linear_functions import FOUR_BIT, VARIANTS, Variant
@@ -45,12 +44,7 @@ def test_it_is_exact_in_integers(library, level, variant, k, n):
     """Catches nibbles, blocks or columns in another order, a zero point of another block, bytes that carry over."""
     made = session(library, variant, make_inputs(variant, 1, k, widths_of(variant, n)), level)
     for m in (1, 3, 7, 16, 17, 33, 123):
-        given = make_inputs(variant, m, k, widths_of(variant, n))
-        x = quantised(given)
-        sizes = largest_terms(variant, given, x)
-        for out, want in zip(run(made, given), exact(variant, given, x), strict=True):
-            for row, wanted, size in zip(out, want, sizes, strict=True):
-                assert_close(np.append(row, np.float32(size)), np.append(wanted, size))
+        assert_exact(made, variant, make_inputs(variant, m, k, widths_of(variant, n)))
 
 
 def test_every_code_and_zero_point_is_read(library, level):

@@ -3,7 +3,6 @@
 On processors without VNNI there is no level: bundles run the bodies there, and the tests of levels are skipped.
 """
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from onnx import TensorProto, helper
 
 from tests.bundles import QUICK
 from tests.closeness import assert_close
+from tests.ort_linear_ops import LEVELS, assert_exact, exact, has, largest_terms, level, quantised, run, widths_of
 from tests.ort_ops import linear_session
 from vlrt.backends import ort_library
 from vlrt.backends.ort import OrtBackend
@@ -22,21 +22,7 @@ from vlrt.bundle import Bundle
 from vlrt.export import linear_functions
 from vlrt.export.linear_functions import INT8, VARIANTS, Variant
 
-LEVELS = ("amx_int8", "avx512_vnni", "avx_vnni")
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, library) -> str:
-    """Each level that this processor has."""
-    if not has(library, request.param):
-        pytest.skip(f"this processor has no level {request.param}")
-    return request.param
-
-
-def has(library: ort_library.Library, level: str) -> bool:
-    find = ctypes.CDLL(str(library.path)).vlrt_int8
-    find.restype = ctypes.c_char_p
-    return find(level.encode()) != b"none"
+__all__ = ["level"]  # a fixture
 
 
 def session(
@@ -48,10 +34,6 @@ def session(
 ) -> Any:
     """A graph of one op in int8: see `linear_session`."""
     return linear_session(library, variant, INT8, given, {ort_library.INT8: level}, threads)
-
-
-def run(made: Any, given: dict[str, np.ndarray]) -> list[np.ndarray]:
-    return made.run(None, {value.name: given[value.name] for value in made.get_inputs()})
 
 
 def make_inputs(variant: Variant, m: int, k: int, widths: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -70,51 +52,13 @@ def make_inputs(variant: Variant, m: int, k: int, widths: tuple[int, ...]) -> di
     return {name: a if a.dtype == np.int8 else a.astype(np.float32) for name, a in given.items()}
 
 
-def quantised(given: dict[str, np.ndarray]) -> np.ndarray:
-    """What the op makes of x, in fp64; the codes are those of float32."""
-    peak = np.maximum(np.abs(given["x"]).max(axis=1, keepdims=True), np.float32(1e-20))
-    return np.rint(given["x"] * (np.float32(127) / peak)).astype(np.float64) * (peak.astype(np.float64) / 127)
-
-
-def exact(variant: Variant, given: dict[str, np.ndarray], x: np.ndarray) -> list[np.ndarray]:
-    """The op in fp64 on an x that is used as it is."""
-    outs = []
-    for i in range(variant.num_parts):
-        out = x @ given[f"q_{i}"].astype(np.float64) * given[f"scale_{i}"]
-        outs.append(out + given[f"bias_{i}"] if variant.bias else out)
-    if variant.gated:
-        with np.errstate(over="ignore"):
-            outs = [outs[0] / (1 + np.exp(-outs[0])) * outs[1]]
-    return [outs[0] + given["residual"]] if variant.residual else outs
-
-
-def largest_terms(variant: Variant, given: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
-    """The largest number [m] that each row of the outputs is a sum of: what its rounding errors go by."""
-    sizes = {name: np.abs(a.astype(np.float64)) for name, a in given.items()}
-    parts = []
-    for i in range(variant.num_parts):
-        part = np.abs(x @ given[f"q_{i}"].astype(np.float64) * given[f"scale_{i}"]).max(axis=1)
-        parts.append(part + (sizes[f"bias_{i}"].max() if variant.bias else 0))
-    size = parts[0] * parts[1] if variant.gated else np.max(parts, axis=0)
-    return size + (sizes["residual"].max(axis=1) if variant.residual else 0)
-
-
-def widths_of(variant: Variant, n: int) -> tuple[int, ...]:
-    return (n,) * variant.num_parts if variant.gated else (n, 2 * n + 1, 1)[: variant.num_parts]
-
-
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.suffix)
 @pytest.mark.parametrize(("k", "n"), [(1, 1), (63, 123), (64, 64), (70, 4229), (777, 300)])
 def test_it_is_exact_in_integers(library, level, variant, k, n):
     """Catches a column or row that is lost, mixed up or read behind the end, codes that saturate, one scale for all."""
     made = session(library, variant, make_inputs(variant, 1, k, widths_of(variant, n)), level)
     for m in (1, 3, 4, 7, 16, 17, 33, 123):
-        given = make_inputs(variant, m, k, widths_of(variant, n))
-        x = quantised(given)
-        sizes = largest_terms(variant, given, x)
-        for out, want in zip(run(made, given), exact(variant, given, x), strict=True):
-            for row, wanted, size in zip(out, want, sizes, strict=True):
-                assert_close(np.append(row, np.float32(size)), np.append(wanted, size))
+        assert_exact(made, variant, make_inputs(variant, m, k, widths_of(variant, n)))
 
 
 def test_rows_beyond_a_cache_are_exact_too(library, level):

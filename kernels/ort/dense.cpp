@@ -16,9 +16,6 @@ constexpr std::int64_t kSlice = 1024;         // of k, that a group of split pan
 constexpr std::int64_t kGroupPanels = 4;      // likewise
 constexpr std::int64_t kTaskBytes = 1 << 18;  // of weights, that are worth a task where rows are few
 
-std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
-std::int64_t round_up(std::int64_t value, std::int64_t to) { return divide_up(value, to) * to; }
-
 class Run {
  public:
   Run(const Linear& op, const std::vector<DenseWeight>& weights, const DenseLevel& level, const Parallel& parallel,

@@ -41,9 +41,6 @@ constexpr std::int64_t kCacheBytes = 1 << 20;  // of rows, that the second-level
 constexpr std::int64_t kGroupBytes = 1 << 19;  // of panels, for a task where rows are many
 constexpr std::int64_t kManyTasks = 16;        // that many rows are divided into, where columns allow
 
-std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
-std::int64_t round_up(std::int64_t value, std::int64_t to) { return divide_up(value, to) * to; }
-
 class Run {
  public:
   Run(const Linear& op, const std::vector<PackedWeight>& weights, const LinearLevel& level, const Parallel& parallel,

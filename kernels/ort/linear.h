@@ -20,6 +20,10 @@ constexpr int kFewRows = 16;    // up to so many memory bounds, not products
 constexpr int kMaxParts = 3;
 constexpr int kGroup = 32;  // k of a column that share a scale, where weights have 4 bits
 
+// Of each file its own, for the reason that tile.h gives.
+static inline std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
+static inline std::int64_t round_up(std::int64_t value, std::int64_t to) { return divide_up(value, to) * to; }
+
 struct LinearLevel;
 
 // A weight matrix [k, n] in panels of kPanel columns, zero behind k and n. Those of a gated pair alternate, so that

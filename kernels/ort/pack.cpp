@@ -10,8 +10,6 @@
 namespace vlrt {
 namespace {
 
-std::int64_t divide_up(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
-
 constexpr std::int64_t kColumns = 8 * kPanel;  // packed at once: pieces of a row that memory is read in
 
 // Packs matrices: `pack(matrix, first column, columns, to, weight)` does so for some columns of one.

@@ -27,7 +27,7 @@ class Library:
         levels: of attention, that AUTO and AUTO_BF16 mean.
         int8: level of linear layers with weights of 8 or 4 bits; "none" where the processor has no VNNI, and the bodies
             run.
-        fp32: level of linear layers in fp32; "none" where the processor has no AMX, and ONNX Runtime is as fast.
+        fp32: level of linear layers in fp32; "none" where the processor has no AMX, and the bodies run.
     """
 
     path: Path
