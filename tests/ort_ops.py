@@ -1,9 +1,12 @@
 """What the tests of libvlrt_ort share: the library is built, an op becomes a graph, a graph is run."""
 
+import ctypes
+import platform
 from typing import Any
 
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
@@ -11,12 +14,22 @@ from tests.native import ROOT, build
 from vlrt.backends import ort_library
 from vlrt.export.linear_functions import FOUR_BIT, INT8, Format, Variant, function
 
-__all__ = ["ROOT", "build", "doubled", "lane_bias", "linear_session", "run", "session", "video_inputs"]
+__all__ = ["ROOT", "build", "doubled", "lane_bias", "level", "linear_session", "run", "session", "video_inputs"]
+LEVELS = {"x86_64": ("avx512", "avx2", "plain"), "aarch64": ("neon",)}.get(platform.machine(), ("plain",))
 VIDEO = ({"q": 4, "k": 4, "v": 4, "cos": 2, "sin": 2, "k_cache": 4, "v_cache": 4, "past_length": 0}, ("out", "k", "v"))
 LANE = ({**VIDEO[0], "bias": 4}, VIDEO[1])
 SEGMENT = ({"q": 3, "k": 3, "v": 3, "cos": 2, "sin": 2, "cu_seqlens": 1}, ("out",))
 
 OPS = {"VideoAttention": VIDEO, "LaneAttention": LANE, "SegmentAttention": SEGMENT}
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, library) -> str:
+    """Each SIMD level that this processor has."""
+    exp2 = ctypes.CDLL(str(library.path)).vlrt_exp2
+    if exp2(request.param.encode(), None, None, ctypes.c_size_t(0)):
+        pytest.skip(f"this processor has no level {request.param}")
+    return request.param
 
 
 def session(library: ort_library.Library, op: str, simd: str = "auto", threads: int = 2) -> Any:

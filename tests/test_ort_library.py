@@ -5,7 +5,6 @@ reason; `pytest --require-ort-library` makes them fail instead. Not covered: arm
 """
 
 import ctypes
-import platform
 
 import numpy as np
 import onnx
@@ -14,7 +13,7 @@ import torch
 
 from tests.bundles import QUESTION, QUICK, plain_vision, square
 from tests.closeness import assert_close
-from tests.ort_ops import ROOT, build, doubled, lane_bias, run, session, video_inputs
+from tests.ort_ops import ROOT, build, doubled, lane_bias, level, run, session, video_inputs
 from vlrt import doctor, prompt
 from vlrt.backends import ort_library
 from vlrt.backends.ort import OrtBackend
@@ -23,17 +22,8 @@ from vlrt.kernels import reference
 from vlrt.positions import mrope_cos_sin
 from vlrt.runtime import Runtime
 
-LEVELS = {"x86_64": ("avx512", "avx2", "plain"), "aarch64": ("neon",)}.get(platform.machine(), ("plain",))
+__all__ = ["level"]
 CANNOT_BE_BUILT = ("CMake was not found", "no C++ compiler was found", "the headers of ONNX Runtime were not found")
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, library) -> str:
-    """Each SIMD level that this processor has."""
-    exp2 = ctypes.CDLL(str(library.path)).vlrt_exp2
-    if exp2(request.param.encode(), None, None, ctypes.c_size_t(0)):
-        pytest.skip(f"this processor has no level {request.param}")
-    return request.param
 
 
 # The kernels

@@ -5,6 +5,7 @@
 
 #include <exception>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -51,6 +52,16 @@ const T* read(const OrtValue* value, std::vector<std::int64_t>* shape) {
   void* data = nullptr;
   check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // 1.17 has no other way to read
   return static_cast<const T*>(data);
+}
+
+// A constant of a graph and its shape.
+template <typename T>
+const T* constant(const OrtKernelInfo* info, std::size_t input, std::vector<std::int64_t>* shape) {
+  const OrtValue* value = nullptr;
+  int is_constant = 0;
+  check(api->KernelInfoGetConstantInput_tensor(info, input, &is_constant, &value));
+  if (is_constant == 0) throw std::runtime_error("weights must be constants of the graph");
+  return read<T>(value, shape);
 }
 
 // What an op may ask of the run that it is part of.
@@ -141,5 +152,6 @@ class Kernel {
 void run_video_attention(const Level& level, OrtKernelContext* context);
 void run_lane_attention(const Level& level, OrtKernelContext* context);
 void run_segment_attention(const Level& level, OrtKernelContext* context);
+std::unique_ptr<Kernel> make_latent_injection(const Level& level, const OrtKernelInfo* info);
 
 }  // namespace vlrt

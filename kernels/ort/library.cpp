@@ -1,11 +1,11 @@
-// libvlrt_ort: attention and linear layers of the domain `vlrt` as custom ops of ONNX Runtime's CPU provider, by its C
-// API.
+// libvlrt_ort: attention, the latent injection and linear layers of the domain `vlrt` as custom ops of ONNX Runtime's
+// CPU provider, by its C API.
 //
-// ONNX Runtime finds `RegisterCustomOps`. Session config entries pick levels. `vlrt.simd`, of attention: "auto", the
-// default, is the best one that computes in fp32 throughout, "auto-bf16" may be one with products in bf16. `vlrt.int8`,
-// of linear layers with weights of 8 or 4 bits, and `vlrt.fp32`, of those with floats: "auto", the default; where there
-// is none, or it is "none", ONNX Runtime takes the bodies. No exception leaves this file; what is wrong with an input
-// is said in an OrtStatus.
+// ONNX Runtime finds `RegisterCustomOps`. Session config entries pick levels. `vlrt.simd`, of the first two: "auto",
+// the default, is the best one that computes in fp32 throughout, "auto-bf16" may be one with products in bf16, of
+// attention. `vlrt.int8`, of linear layers with weights of 8 or 4 bits, and `vlrt.fp32`, of those with floats: "auto",
+// the default; where there is none, or it is "none", ONNX Runtime takes the bodies. No exception leaves this file; what
+// is wrong with an input is said in an OrtStatus.
 
 #include <atomic>
 #include <exception>
@@ -132,6 +132,8 @@ struct Domain {
     lane_inputs.push_back(kFloat);
     add("LaneAttention", std::move(lane_inputs), 3, plain(vlrt::run_lane_attention, *levels.attention));
     add("SegmentAttention", attention_inputs(5), 1, plain(vlrt::run_segment_attention, *levels.attention));
+    add("LatentInjection", std::vector<ONNXTensorElementDataType>(10, kFloat), 1,
+        [&level = *levels.attention](const OrtKernelInfo* info) { return vlrt::make_latent_injection(level, info); });
     for (const vlrt::LinearVariant& variant : vlrt::kLinearVariants) {
       if (levels.fp32 != nullptr)
         add_linear(variant, vlrt::kFloatFormat, [&variant, level = levels.fp32](const OrtKernelInfo* info) {

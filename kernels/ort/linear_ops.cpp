@@ -6,16 +6,6 @@ namespace vlrt {
 
 namespace {
 
-// A constant of a graph and its shape.
-template <typename T>
-const T* constant(const OrtKernelInfo* info, std::size_t input, std::vector<std::int64_t>* shape) {
-  const OrtValue* value = nullptr;
-  int is_constant = 0;
-  check(api->KernelInfoGetConstantInput_tensor(info, input, &is_constant, &value));
-  if (is_constant == 0) throw std::runtime_error("weights must be constants of the graph");
-  return read<T>(value, shape);
-}
-
 std::int64_t attribute(const OrtKernelInfo* info, const std::string& name) {
   std::int64_t value = 0;
   check(api->KernelInfoGetAttribute_int64(info, name.c_str(), &value));

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "context.h"
+#include "injection.h"
 
 namespace vlrt {
 namespace {
@@ -96,6 +97,76 @@ void run_segment_attention(const Level& level, OrtKernelContext* given) {
                              ", the number of tokens");
   op.out = context.output(0, q);
   segment_attention(op, level, context.parallel(), context.scratch());
+}
+
+namespace {
+
+// A matrix of the graph's constants, in memory that is read faster than that of a mapped file.
+struct Held {
+  Held(const OrtKernelInfo* info, std::size_t input) : block(0) {
+    const float* from = constant<float>(info, input, &shape);
+    std::size_t count = 1;
+    for (const std::int64_t size : shape) count *= static_cast<std::size_t>(size);
+    block = Block(count * sizeof(float));
+    std::copy(from, from + count, block.as<float>());
+  }
+
+  std::vector<std::int64_t> shape;
+  Block block;
+};
+
+class LatentInjectionKernel : public Kernel {
+ public:
+  LatentInjectionKernel(const Level& level, const OrtKernelInfo* info)
+      : level_(level), fc1_(info, 2), fc2_(info, 3), q_proj_(info, 4) {
+    check(api->KernelInfoGetAttribute_int64(info, "num_heads", &num_heads_));
+    check(api->KernelInfoGetAttribute_float(info, "eps", &eps_));
+  }
+
+  void run(OrtKernelContext* given) override {
+    Context context(given);
+    std::vector<std::int64_t> h, memory_k, shape;
+    LatentInjection op{};
+    op.h = context.input<float>(0, &h);
+    op.memory_k = context.input<float>(5, &memory_k);
+    if (h.size() != 3 || fc1_.shape.size() != 2 || memory_k.size() != 3 || memory_k[1] < 1)
+      throw std::runtime_error("h is " + text(h) + ", fc1 is " + text(fc1_.shape) + " and memory_k is " +
+                               text(memory_k) + ", expected [B, L, C], [I, C] and [B, T, C]");
+    op.batch = h[0], op.num_latents = h[1], op.width = h[2], op.inner = fc1_.shape[0], op.num_steps = memory_k[1];
+    op.num_heads = num_heads_, op.eps = eps_;
+    if (num_heads_ < 1 || op.width % num_heads_ != 0)
+      throw std::runtime_error(std::to_string(num_heads_) + " heads do not divide a width of " +
+                               std::to_string(op.width));
+    require("fc1", fc1_.shape, {op.inner, op.width});
+    require("fc2", fc2_.shape, {op.width, op.inner});
+    require("q_proj", q_proj_.shape, {op.width, op.width});
+    require("memory_k", memory_k, {op.batch, op.num_steps, op.width});
+    op.fc1 = fc1_.block.as<float>(), op.fc2 = fc2_.block.as<float>(), op.q_proj = q_proj_.block.as<float>();
+    const auto read = [&](std::size_t index, const char* name, const std::vector<std::int64_t>& wanted) {
+      const float* values = context.input<float>(index, &shape);
+      require(name, shape, wanted);
+      return values;
+    };
+    op.norm_in = read(1, "norm_in", {op.width});
+    op.memory_v = read(6, "memory_v", memory_k);
+    op.alpha = *read(7, "alpha", {});
+    op.norm_out = read(8, "norm_out", {op.width});
+    op.rho = *read(9, "rho", {});
+    op.z = context.output(0, h);
+    latent_injection(op, level_, context.parallel(), context.scratch());
+  }
+
+ private:
+  const Level& level_;
+  Held fc1_, fc2_, q_proj_;
+  std::int64_t num_heads_ = 0;
+  float eps_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Kernel> make_latent_injection(const Level& level, const OrtKernelInfo* info) {
+  return std::make_unique<LatentInjectionKernel>(level, info);
 }
 
 }  // namespace vlrt

@@ -63,6 +63,12 @@ struct Level {
   // out [D] = x [D] turned by the row cos, sin [D/2].
   void (*rotate)(const float* x, const float* cos, const float* sin, int head_dim, float* out);
   void (*exp2)(const float* x, float* out, std::size_t count);
+  // out [rows, columns] = x w^T: rows of x [rows, k], w [columns, k] and out are ldx, ldw and ldo apart.
+  void (*dots)(const float* x, std::int64_t ldx, std::int64_t rows, std::int64_t k, const float* w, std::int64_t ldw,
+               std::int64_t columns, float* out, std::int64_t ldo);
+  // out [columns] = weights [rows] x: rows of x [rows, columns] are ldx apart.
+  void (*weigh)(const float* weights, std::int64_t rows, const float* x, std::int64_t ldx, std::int64_t columns,
+                float* out);
   const Bf16* bf16 = nullptr;  // null: fp32 for any number of queries
 };
 
