@@ -46,7 +46,7 @@ class FakeBackend:
     def frame_upload(self):
         return None
 
-    def encode(self, pixels, grid_thw):
+    def encode(self, pixels, grid_thw, *, last=True):
         return pixels[: len(pixels) // self.model.vision.spatial_merge_size**2, :WIDTH]
 
     def embed(self, ids):

@@ -213,7 +213,7 @@ def test_many_questions_read_each_video_once(fresh, monkeypatch):
     asked.append({"video": videos[0], "question": "Left or right?", "choices": ["left", "right"]})
     refs = [fresh.ask(**one) for one in asked]
     encoded, encode = [], fresh._backend.encode
-    monkeypatch.setattr(fresh._backend, "encode", lambda *given: encoded.append(given) or encode(*given))
+    monkeypatch.setattr(fresh._backend, "encode", lambda *given, **kw: encoded.append(given) or encode(*given, **kw))
     found = fresh.ask_many(asked)
     assert len(encoded) == 2
     for out, ref in zip(found, refs, strict=True):

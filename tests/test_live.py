@@ -58,7 +58,9 @@ def encoded(one, monkeypatch):
     passes = {"vision": [], "decoder": []}
     encode, decode = one._backend.encode, one._backend.decode
     monkeypatch.setattr(
-        one._backend, "encode", lambda pixels, grid: passes["vision"].append(grid[0]) or encode(pixels, grid)
+        one._backend,
+        "encode",
+        lambda pixels, grid, **kw: passes["vision"].append(grid[0]) or encode(pixels, grid, **kw),
     )
     monkeypatch.setattr(
         one._backend,
@@ -240,7 +242,7 @@ def test_an_error_while_frames_are_read_loses_none_of_them(one, monkeypatch):
                 stream.extend(frames[4:6])
         same(stream.ask(**ASKED[0]), opened_at_once(one, frames[:6], ASKED[0]))
         with monkeypatch.context() as patched:
-            patched.setattr(one._backend, "encode", lambda *_: 1 / 0)
+            patched.setattr(one._backend, "encode", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 stream.extend(frames[6:8])
         same(stream.ask(**ASKED[0]), opened_at_once(one, frames[:6], ASKED[0]))

@@ -81,6 +81,27 @@ def test_it_is_as_near_as_pytorch(library):
     assert np.linalg.norm(out - want) > 0
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.suffix)
+@pytest.mark.parametrize(("m", "k", "n"), [(17, 1, 1), (33, 31, 33), (40, 70, 2115), (800, 1100, 70)])
+def test_the_coarse_level_rounds_each_number_once(library, variant, m, k, n):
+    """Catches bits that are cut off in place of rounded ones, and pairs of k that are out of order."""
+    given = make_inputs(variant, m, k, widths_of(variant, n))
+    rounded = {
+        name: torch.from_numpy(array).bfloat16().float().numpy() if name.startswith(("x", "weight")) else array
+        for name, array in given.items()
+    }
+    outs = run(session(library, variant, given, ort_library.AUTO_BF16), given)
+    for out, want, size in zip(outs, *exact(variant, rounded), strict=True):
+        assert (np.abs(out - want) <= (4 + 3 * np.sqrt(k)) * 2.0**-24 * size * (2 if variant.gated else 1)).all()
+
+
+def test_few_rows_are_exact_at_the_coarse_level(library):
+    """Catches rounding where memory bounds, and nothing is gained by it."""
+    given = make_inputs(VARIANTS[0], 16, 777, (300,))
+    fine, coarse = (run(session(library, VARIANTS[0], given, level), given)[0] for level in ("auto", "auto-bf16"))
+    assert np.array_equal(fine, coarse)
+
+
 def test_rows_beyond_a_chunk_are_exact_too(library):
     """Catches rows of the second chunk that are written where those of the first one belong."""
     variant = linear_functions.find(1, bias=True, residual=True)

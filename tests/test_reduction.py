@@ -60,9 +60,9 @@ def passes(opened, monkeypatch):
     """Temporal patches of every pass of the vision tower."""
     seen, encode = [], opened._backend.encode
 
-    def spy(pixels, grid_thw):
+    def spy(pixels, grid_thw, **kw):
         seen.append(grid_thw[0])
-        return encode(pixels, grid_thw)
+        return encode(pixels, grid_thw, **kw)
 
     monkeypatch.setattr(opened._backend, "encode", spy)
     return seen

@@ -538,7 +538,7 @@ def test_streams_refuse_before_the_first_piece(opened):
 
 def test_a_video_beyond_the_model_s_positions_is_refused(opened, monkeypatch):
     """Catches positions that the model never saw, and a refusal that comes only after the vision tower has run."""
-    monkeypatch.setattr(OrtBackend, "encode", lambda *_: pytest.fail("the tower ran"))
+    monkeypatch.setattr(OrtBackend, "encode", lambda *_, **__: pytest.fail("the tower ran"))
     with pytest.raises(ConfigError, match="fewer or smaller frames"):
         opened.ask(square(64, 224, 224), QUESTION)
 

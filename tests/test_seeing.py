@@ -47,7 +47,7 @@ class Tower(FakeBackend):
         super().__init__(fake_model(overrides={"video.min_pixels": 28 * 28}))
         self.seen, self.before, self.vision_chunk = [], anything, steps_per_pass * PER_STEP
 
-    def encode(self, pixels, grid_thw):
+    def encode(self, pixels, grid_thw, *, last=True):
         self.before()
         self.seen.append(len(pixels))
         each = pixels.reshape(len(pixels) // 4, -1).astype(np.float64)
@@ -276,7 +276,7 @@ def test_damage_behind_frames_that_were_encoded_is_the_same_error(damaged, make_
     with Runtime.open(make_bundle(overrides=QUICK), threads=1) as opened:
         backend, passes = opened._backend, []
         encode, backend.vision_chunk = backend.encode, 1
-        backend.encode = lambda *given: passes.append(1) or encode(*given)
+        backend.encode = lambda *given, **kw: passes.append(1) or encode(*given, **kw)
         with pytest.raises(VideoError) as ref:
             video.load(damaged, opened.model.video, opened.model.vision, num_frames=30)
         for _ in range(2):

@@ -92,7 +92,7 @@ def test_questions_about_videos_of_different_lengths(fresh, monkeypatch):
     asked = [{"video": videos[i % 3], **MIXED[i]} for i in range(len(MIXED))]
     refs = [fresh.ask(**one) for one in asked]
     encoded, encode = [], fresh._backend.encode
-    monkeypatch.setattr(fresh._backend, "encode", lambda *given: encoded.append(given) or encode(*given))
+    monkeypatch.setattr(fresh._backend, "encode", lambda *given, **kw: encoded.append(given) or encode(*given, **kw))
     found = fresh.ask_many(asked)
     assert len(encoded) == 3
     for out, ref in zip(found, refs, strict=True):

@@ -49,7 +49,7 @@ def encode(
             else:
                 pixels = preprocess.cut(data, model.video, model.vision, start, stop)
         with clock("vision"):
-            parts.append(backend.encode(pixels, (stop - start, rows, columns)))
+            parts.append(backend.encode(pixels, (stop - start, rows, columns), last=stop == time))
     return backend.join(parts)
 
 

@@ -27,7 +27,7 @@ class Run {
       few();
       return;
     }
-    row_planes_ = padded() / 32 * kRowsTogether * kSplitBytes / 2;
+    row_planes_ = padded() / 32 * kRowsTogether * split_size();
     const std::int64_t chunk = std::min(kChunkRows, round_up(op_.m, kRowsTogether));
     planes_ = reinterpret_cast<std::uint16_t*>(
         scratch_(static_cast<std::size_t>(chunk / kRowsTogether * row_planes_ / 2)));
@@ -41,6 +41,7 @@ class Run {
     std::int64_t first, last;
   };
 
+  std::int64_t split_size() const { return 32 * level_.planes; }  // elements that 32 floats become
   std::int64_t padded() const { return round_up(op_.k, 32); }
   int pair() const { return op_.gated ? 2 : 1; }
   const DenseWeight& weight(int part) const { return weights_[static_cast<std::size_t>(part)]; }
@@ -91,7 +92,7 @@ class Run {
   // Panels are split once and stay in the cache, rows come by; sums of slices of k add up in memory of the thread.
   void multiply(const Group& group, std::int64_t first, std::int64_t last) const {
     const std::int64_t panels = (group.last - group.first) * pair(), slice = std::min(kSlice, padded());
-    const std::int64_t panel_planes = slice / 32 * kDensePanel * kSplitBytes / 2;
+    const std::int64_t panel_planes = slice / 32 * kDensePanel * split_size();
     constexpr std::int64_t kSums = kRowsTogether * kDensePanel;
     const std::int64_t blocks = divide_up(last - first, kRowsTogether);
     auto* sums = static_cast<float*>(
@@ -107,7 +108,7 @@ class Run {
       for (std::int64_t b = 0; b < blocks; ++b) {
         float* acc = sums + b * panels * kSums;
         for (std::int64_t i = 0; i < panels; ++i)
-          level_.block(planes_ + b * row_planes_ + k / 32 * kRowsTogether * kSplitBytes / 2, split + i * panel_planes,
+          level_.block(planes_ + b * row_planes_ + k / 32 * kRowsTogether * split_size(), split + i * panel_planes,
                        depth, acc + i * kSums, k == 0);
         if (k + depth < padded()) continue;
         const std::int64_t row = first + b * kRowsTogether;
@@ -171,8 +172,9 @@ std::vector<DenseWeight> pack_weights(const std::vector<FloatMatrix>& matrices, 
 
 const DenseLevel* find_dense_level(const char* name) {
 #if defined(VLRT_AMX)
-  const bool best = name == nullptr || std::strcmp(name, "auto") == 0;
-  if ((best || std::strcmp(name, kAmxDense.name) == 0) && has_amx_bf16()) return &kAmxDense;
+  const auto is = [name](const char* wanted) { return std::strcmp(name, wanted) == 0; };
+  if ((is("auto") || is(kAmxDense.name)) && has_amx_bf16()) return &kAmxDense;
+  if ((is("auto-bf16") || is(kAmxCoarse.name)) && has_amx_bf16()) return &kAmxCoarse;
 #else
   (void)name;
 #endif

@@ -3,7 +3,7 @@
 // Products of many rows go through tiles of bf16 (arXiv 1904.06376). A float is the sum of three bf16: its 24 bits,
 // eight at a time. Of the nine products of two such sums six are computed and added in fp32; the others are below 2^-22
 // of the whole, less than what sums of some hundred floats are rounded by. Numbers below 2^-110 lose bits, and what is
-// not finite makes no number.
+// not finite makes no number. A coarse level rounds each float to one bf16, where the rest of a model is rounded more.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,7 @@
 
 namespace vlrt {
 
-constexpr int kDensePanel = 32;            // columns that lie together
-constexpr std::int64_t kSplitBytes = 192;  // of 32 floats in three planes of bf16
+constexpr int kDensePanel = 32;  // columns that lie together
 
 // A weight matrix [k, n] in panels of kDensePanel columns, zero behind n, and behind k up to a multiple of 32. Those of
 // a gated pair alternate, so that both are read as one stream.
@@ -49,10 +48,11 @@ struct DenseEpilogue {
 // Kernels of one instruction set. Plain types only, for the reason that tile.h gives.
 struct DenseLevel {
   const char* name;
+  int planes;    // of bf16 that a float becomes
   int few_rows;  // that `few` takes
-  // x [rows, k], rows ld apart, rows <= 32 -> [k / 32][3 planes][2 tiles][16 rows][32 k] bf16, zero behind rows and k.
+  // x [rows, k], rows ld apart, rows <= 32 -> [k / 32][planes][2 tiles][16 rows][32 k] bf16, zero behind rows and k.
   void (*split_rows)(const float* x, std::int64_t ld, int rows, std::int64_t k, std::uint16_t* planes);
-  // w [k, kDensePanel], k a multiple of 32 -> [k / 32][3 planes][2 tiles][16][16 columns][2 k] bf16.
+  // w [k, kDensePanel], k a multiple of 32 -> [k / 32][planes][2 tiles][16][16 columns][2 k] bf16.
   void (*split_panel)(const float* w, std::int64_t k, std::uint16_t* planes);
   // acc [32, kDensePanel] = a b, of split rows and a split panel; added to what is there unless `first`.
   void (*block)(const std::uint16_t* a, const std::uint16_t* b, std::int64_t k, float* acc, bool first);
@@ -63,13 +63,14 @@ struct DenseLevel {
   void (*end)();
 };
 
-// Returns the level of that name, or the best one for null or "auto"; null where this processor has none.
+// Returns the level of that name, or the best one that is as exact as fp32 for "auto", the best one for "auto-bf16";
+// null where this processor has none.
 const DenseLevel* find_dense_level(const char* name);
 
 // `weights` are those of the parts, in their order.
 void dense(const Linear& op, const std::vector<DenseWeight>& weights, const DenseLevel& level,
            const Parallel& parallel, const Scratch& scratch);
 
-extern const DenseLevel kAmxDense;  // where AMX is compiled
+extern const DenseLevel kAmxDense, kAmxCoarse;  // where AMX is compiled
 
 }  // namespace vlrt

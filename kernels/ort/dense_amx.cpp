@@ -34,29 +34,51 @@ Ints upper(Reals v) { return _mm512_srli_epi32(bits(v), 16); }  // a bf16 of the
 // What the upper halves leave: exact, since they share sign and exponent's place with the whole.
 Reals rest(Reals v) { return _mm512_sub_ps(v, _mm512_castsi512_ps(both(bits(v), all(-65536)))); }
 
+// 32 floats in PLANES of bf16, one plane after the other: cut off three times, or rounded once.
+template <int PLANES>
+inline void split(Reals low, Reals high, std::uint16_t* to) {
+  if (PLANES == 1) {
+    store(to, (Ints)_mm512_cvtne2ps_pbh(high, low));
+    return;
+  }
+  Reals v[2] = {low, high};
+  for (int plane = 0; plane < PLANES; ++plane)
+    for (int j = 0; j < 2; ++j) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + plane * kPlane + 16 * j), _mm512_cvtepi32_epi16(upper(v[j])));
+      v[j] = rest(v[j]);
+    }
+}
+
+template <int PLANES>
 void split_rows(const float* x, std::int64_t ld, int rows, std::int64_t k, std::uint16_t* planes) {
   for (int r = 0; r < 32; ++r) {
     std::uint16_t* to = planes + r / 16 * kTile + r % 16 * 32;
-    for (std::int64_t i = 0; i < k; i += 32, to += 3 * kPlane) {
+    for (std::int64_t i = 0; i < k; i += 32, to += PLANES * kPlane) {
       Reals v[2] = {all(0.0f), all(0.0f)};
       for (int j = 0; j < 2; ++j)
         if (r < rows && i + 16 * j < k) v[j] = load(x + r * ld + i + 16 * j, k - i - 16 * j);
-      for (int plane = 0; plane < 3; ++plane)
-        for (int j = 0; j < 2; ++j) {
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + plane * kPlane + 16 * j),
-                              _mm512_cvtepi32_epi16(upper(v[j])));
-          v[j] = rest(v[j]);
-        }
+      split<PLANES>(v[0], v[1], to);
     }
   }
 }
 
+// 16 columns of two rows, a pair in each of the lanes.
+inline Ints pairs(Reals even, Reals odd) {
+  const __m256i low = (__m256i)_mm512_cvtneps_pbh(even), high = (__m256i)_mm512_cvtneps_pbh(odd);
+  return either(_mm512_cvtepu16_epi32(low), up(_mm512_cvtepu16_epi32(high), 16));
+}
+
+template <int PLANES>
 void split_panel(const float* w, std::int64_t k, std::uint16_t* planes) {
   for (std::int64_t i = 0; i < k; i += 2, w += 2 * kDensePanel)
     for (int tile = 0; tile < 2; ++tile) {
       Reals even = load(w + 16 * tile), odd = load(w + kDensePanel + 16 * tile);
-      std::uint16_t* to = planes + i / 32 * 3 * kPlane + tile * kTile + i % 32 * 16;
-      for (int plane = 0; plane < 3; ++plane, to += kPlane) {
+      std::uint16_t* to = planes + i / 32 * PLANES * kPlane + tile * kTile + i % 32 * 16;
+      if (PLANES == 1) {
+        store(to, pairs(even, odd));
+        continue;
+      }
+      for (int plane = 0; plane < PLANES; ++plane, to += kPlane) {
         store(to, _mm512_mask_blend_epi16(0xaaaaaaaau, upper(even), bits(odd)));
         even = rest(even), odd = rest(odd);
       }
@@ -81,6 +103,7 @@ inline void multiply() {
   _tile_dpbf16ps(3, 5, 7);
 }
 
+template <int PLANES>
 void block(const std::uint16_t* a, const std::uint16_t* b, std::int64_t k, float* acc, bool first) {
   constexpr int kBytes = 4 * kDensePanel;
   float* const lower = acc + 16 * kDensePanel;
@@ -95,8 +118,13 @@ void block(const std::uint16_t* a, const std::uint16_t* b, std::int64_t k, float
     _tile_loadd(2, lower, kBytes);
     _tile_loadd(3, lower + 16, kBytes);
   }
-  for (std::int64_t i = 0; i < k; i += 32, a += 3 * kPlane, b += 3 * kPlane) {
+  for (std::int64_t i = 0; i < k; i += 32, a += PLANES * kPlane, b += PLANES * kPlane) {
     load_rows(a);
+    if (PLANES == 1) {
+      load_columns(b);
+      multiply();
+      continue;
+    }
     load_columns(b + 2 * kPlane);
     multiply();
     load_columns(b + kPlane);
@@ -168,6 +196,7 @@ void finish(const DenseEpilogue& e) {
 
 }  // namespace
 
-const DenseLevel kAmxDense = {"amx_bf16x3", kFew, split_rows, split_panel, block, few, finish, begin, end};
+const DenseLevel kAmxDense = {"amx_bf16x3", 3, kFew, split_rows<3>, split_panel<3>, block<3>, few, finish, begin, end};
+const DenseLevel kAmxCoarse = {"amx_bf16", 1, kFew, split_rows<1>, split_panel<1>, block<1>, few, finish, begin, end};
 
 }  // namespace vlrt

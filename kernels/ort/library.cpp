@@ -4,8 +4,8 @@
 // ONNX Runtime finds `RegisterCustomOps`. Session config entries pick levels. `vlrt.simd`, of the first two: "auto",
 // the default, is the best one that computes in fp32 throughout, "auto-bf16" may be one with products in bf16, of
 // attention. `vlrt.int8`, of linear layers with weights of 8 or 4 bits, and `vlrt.fp32`, of those with floats: "auto",
-// the default; where there is none, or it is "none", ONNX Runtime takes the bodies. No exception leaves this file; what
-// is wrong with an input is said in an OrtStatus.
+// the default, and for the latter "auto-bf16"; where there is none, or it is "none", ONNX Runtime takes the bodies. No
+// exception leaves this file; what is wrong with an input is said in an OrtStatus.
 
 #include <atomic>
 #include <exception>
@@ -198,7 +198,7 @@ VLRT_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtAp
     const auto pick = [&](const char* entry, auto find, bool optional) {
       const std::string name = chosen(options, entry);
       const auto* found = find(name.c_str());
-      if (found == nullptr && !(optional && (name == "auto" || name == "none")))
+      if (found == nullptr && !(optional && (name == "auto" || name == "auto-bf16" || name == "none")))
         throw std::runtime_error(std::string(entry) + " is '" + name + "', which this processor does not have");
       return found;
     };

@@ -66,8 +66,11 @@ class Backend(Protocol):
     def frame_upload(self) -> FrameUpload | None:
         """Return what takes a video's frames; None: `encode` wants pixels from `preprocess.cut`."""
 
-    def encode(self, pixels: Floats | Array, grid_thw: tuple[int, int, int]) -> Array:
-        """Map the patches [N, patch_dim] of whole temporal patches to video tokens [N_v, C]."""
+    def encode(self, pixels: Floats | Array, grid_thw: tuple[int, int, int], *, last: bool = True) -> Array:
+        """Map the patches [N, patch_dim] of whole temporal patches to video tokens [N_v, C].
+
+        last: of the passes over a video; what others took of the host's memory is kept for the next one.
+        """
 
     def embed(self, ids: Ids) -> Array:
         """Look up ids [S]; return [S, C]."""

@@ -65,7 +65,7 @@ class OrtBackend:
     def __init__(self, bundle: Bundle, threads: int | None = None, *, library: bool = True) -> None:
         self.model, self._files = bundle.model, bundle.watched()
         self._library = _usable_library(bundle.model) if library else "it was not asked for"
-        self._simd = ort_library.AUTO if bundle.precision == "fp32" else ort_library.AUTO_BF16
+        self._level = ort_library.AUTO if bundle.precision == "fp32" else ort_library.AUTO_BF16
         before = self._num_kernels()
         self.threads = threads or num_usable_cores()
         manifest = bundle.manifest
@@ -96,7 +96,7 @@ class OrtBackend:
     def frame_upload(self) -> None:
         """See `base.Backend`."""
 
-    def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Floats:
+    def encode(self, pixels: Floats, grid_thw: tuple[int, int, int], *, last: bool = True) -> Floats:
         """See `base.Backend`."""
         vision = self.model.vision
         cos, sin = positions.vision_cos_sin(grid_thw, vision)
@@ -112,8 +112,9 @@ class OrtBackend:
             feeds[names.WINDOW_REVERSE.name] = np.argsort(order)
             feeds[names.CU_WINDOW_SEQLENS.name] = bounds
         with _running("vision"):
-            out: Floats = self._vision.run(None, feeds, _freeing())[0]
-        host_memory.give_back()
+            out: Floats = self._vision.run(None, feeds, _freeing() if last else None)[0]
+        if last:
+            host_memory.give_back()
         return out
 
     def plan_memory(self, shape: memory_plan.Shape) -> memory_plan.Plan:
@@ -241,7 +242,8 @@ class OrtBackend:
         options.log_severity_level = 4  # errors are raised; warnings about fusions are no concern of the caller
         try:
             if isinstance(self._library, ort_library.Library):
-                options.add_session_config_entry(ort_library.SIMD, self._simd)
+                for entry in (ort_library.SIMD, ort_library.FP32):
+                    options.add_session_config_entry(entry, self._level)
                 options.register_custom_ops_library(str(self._library.path))
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises a class of its own per status code, all below Exception
@@ -259,7 +261,7 @@ class OrtBackend:
             return f"bodies of the bundle: {self._library}"
         if not num_kernels:  # which it may, and then the answers are the same
             return f"bodies of the bundle: onnxruntime {ort.__version__} prefers them to libvlrt_ort"
-        return f"libvlrt_ort, {self._library.levels[self._simd]}"
+        return f"libvlrt_ort, {self._library.levels[self._level]}"
 
     @staticmethod
     def _read(bundle: Bundle, table: Table | None) -> Floats | None:

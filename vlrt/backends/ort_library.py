@@ -14,7 +14,7 @@ SIMD = "vlrt.simd"  # session config entry: a level that the processor has, AUTO
 AUTO = "auto"  # the best level that computes in fp32 throughout
 AUTO_BF16 = "auto-bf16"  # the best level: products of many queries may be in bf16, sums and softmax are in fp32
 INT8 = "vlrt.int8"  # likewise, of linear layers with weights of 8 or 4 bits: a level, AUTO, or "none": the bodies
-FP32 = "vlrt.fp32"  # likewise, of linear layers in fp32
+FP32 = "vlrt.fp32"  # likewise, of linear layers in fp32; or AUTO_BF16
 MAX_HEAD_DIM = 256  # tile.h: kMaxHeadDim
 
 

@@ -50,7 +50,7 @@ class ReferenceBackend:
         """See `base.Backend`."""
 
     @torch.inference_mode()
-    def encode(self, pixels: Floats, grid_thw: tuple[int, int, int]) -> Tensor:
+    def encode(self, pixels: Floats, grid_thw: tuple[int, int, int], *, last: bool = True) -> Tensor:
         """See `base.Backend`."""
         vision = self.model.vision
         inputs: list[Any] = [pixels, *positions.vision_cos_sin(grid_thw, vision), positions.frame_seqlens(grid_thw)]

@@ -115,7 +115,7 @@ class TorchBackend:
         return FrameUpload(self._cutter) if self.device.type == "cuda" else None
 
     @torch.inference_mode()
-    def encode(self, pixels: Any, grid_thw: tuple[int, int, int]) -> Tensor:
+    def encode(self, pixels: Any, grid_thw: tuple[int, int, int], *, last: bool = True) -> Tensor:
         """See `base.Backend`."""
         patches = pixels if isinstance(pixels, Tensor) else self._upload(pixels)
         given = (patches.to(self._dtype), *self._grid_inputs(grid_thw))
