@@ -1,4 +1,4 @@
-"""Finds in a graph what goes together with a linear layer: thirds of its output, a gate, what is added to it.
+"""Finds in a graph what goes together with a linear layer: thirds of its output, a gate, a norm, what is added to it.
 
 Knows nodes and what reads them; changes nothing.
 """
@@ -44,6 +44,23 @@ def gate(same: list[ir.Node], node: ir.Node) -> tuple[list[ir.Node], list[ir.Nod
         if alike and up.outputs[0] in product.inputs and len(_readers(up.outputs[0])) == 1:
             return [node, up], [node, up, sigmoid, silu, product]
     return None
+
+
+def norm(parts: list[ir.Node]) -> ir.Node | None:
+    """Return the RMSNorm that some layers read, where nothing else does."""
+    x = input_of(parts[0], 0)
+    node = x.producer()
+    alone = node is not None and node.op_type == "RMSNorm" and set(_readers(x)) == set(parts)
+    return node if alone else None
+
+
+def down(product: ir.Node, layers: list[ir.Node], before: ir.Node) -> tuple[ir.Node, ir.Node] | None:
+    """Return the layer, of some, that alone reads a SwiGLU, and the Add of its output to what the norm reads."""
+    readers = _readers(product.outputs[0])
+    if len(readers) != 1 or readers[0] not in layers:
+        return None
+    add = residual(readers[0])
+    return (readers[0], add[0]) if add is not None and add[1] is input_of(before, 0) else None
 
 
 def residual(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:

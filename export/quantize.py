@@ -112,6 +112,25 @@ def _lower_head(graph: ir.Graph, node: ir.Node) -> None:
     _replace(graph, [node], node, [product])
 
 
+@dataclass(frozen=True)
+class _Together:
+    """Layers that one node calls a function for.
+
+    Attributes:
+        variant: the function's.
+        parts: layers.
+        replaced: nodes whose place it takes; the last one leaves the output, where there is one.
+        norm: that is before all of them, and goes with them.
+        residual: what is added.
+    """
+
+    variant: linear_functions.Variant | None
+    parts: list[ir.Node]
+    replaced: list[ir.Node]
+    norm: ir.Node | None = None
+    residual: ir.Value | None = None
+
+
 def _lower(
     graph: ir.Graph,
     linears: list[ir.Node],
@@ -124,36 +143,51 @@ def _lower(
     for node in linears:
         if node not in left:
             continue
-        x = patterns.input_of(node, 0)
-        same = [other for other in left if patterns.input_of(other, 0) is x]
-        parts, last, ended, residual, variant = [node], node, [node], None, None
-        if gate := patterns.gate(same, node):
-            parts, ended = gate
-            last = ended[-1]
-            variant = linear_functions.find(2, bias=patterns.bias_of(node) is not None, gated=True)
-        elif len(same) == 3 and all(patterns.bias_of(part) is not None for part in same):
-            parts = ended = same
-            variant = linear_functions.find(3, bias=True)
-        else:
-            if add := patterns.residual(node):
-                last, residual = add
-                ended = [node, last]
-            variant = linear_functions.find(1, bias=patterns.bias_of(node) is not None, residual=residual is not None)
-        assert variant is not None
-        inputs, sizes = [x], {}
-        for i, part in enumerate(parts):
+        found = _together(node, list(left), weights)
+        assert found.variant is not None
+        inputs, attributes = [patterns.input_of(node, 0)], {}
+        if found.norm is not None:
+            inputs = [patterns.input_of(found.norm, i) for i in range(2)]
+            attributes["eps"] = found.norm.attributes["eps"]
+        for i, part in enumerate(found.parts):
             weight = patterns.input_of(part, 1)
             inputs += _STORED[weights](graph, weight, recipes, cuts.get(str(weight.name), Cut(str(weight.name))))
             inputs += [] if (bias := patterns.bias_of(part)) is None else [bias]
             if weights is linear_functions.FOUR_BIT:
                 assert weight.shape is not None
-                sizes[f"n_{i}"], sizes["k"] = weight.shape.numpy()
+                size, k = weight.shape.numpy()
+                attributes[f"n_{i}"] = ir.AttrInt64(f"n_{i}", size)
+                attributes.setdefault("k", ir.AttrInt64("k", k))
             del left[part]
-        if residual is not None:
-            inputs.append(residual)
-        attributes = [ir.AttrInt64(name, sizes[name]) for name in sorted(sizes)]
-        call = ir.Node(DOMAIN, variant.name(weights), inputs, attributes, num_outputs=variant.num_outputs)
-        _replace(graph, ended, last, [call])
+        inputs += [] if found.residual is None else [found.residual]
+        ordered = [attributes[name] for name in sorted(attributes)]
+        name, outputs = found.variant.name(weights), found.variant.num_outputs
+        call = ir.Node(DOMAIN, name, inputs, ordered, num_outputs=outputs)
+        _replace(graph, found.replaced, found.replaced[0 if outputs > 1 else -1], [call])
+        if found.norm is not None:
+            graph.remove(found.norm, safe=True)
+
+
+def _together(node: ir.Node, left: list[ir.Node], weights: linear_functions.Format) -> _Together:
+    """Return the most that a function of a format takes, beginning with a layer, of the layers that are left."""
+    known = linear_functions.variants(weights)
+    bias = patterns.bias_of(node) is not None
+    same = [other for other in left if patterns.input_of(other, 0) is patterns.input_of(node, 0)]
+    if gate := patterns.gate(same, node):
+        parts, replaced = gate
+        norm, whole = patterns.norm(parts), linear_functions.find(3, bias=bias, gated=True, norm=True, down=True)
+        down = None if norm is None else patterns.down(replaced[-1], left, norm)
+        if whole in known and down is not None and (patterns.bias_of(down[0]) is not None) == bias:
+            return _Together(whole, [*parts, down[0]], [*replaced, *down], norm)
+        return _Together(linear_functions.find(2, bias=bias, gated=True), parts, replaced)
+    if len(same) == 3 and all(patterns.bias_of(part) is not None for part in same):
+        norm, whole = patterns.norm(same), linear_functions.find(3, bias=True, norm=True)
+        if norm is not None and whole in known:
+            return _Together(whole, same, same, norm)
+        return _Together(linear_functions.find(3, bias=True), same, same)
+    add, residual = patterns.residual(node) or (None, None)
+    variant = linear_functions.find(1, bias=bias, residual=residual is not None)
+    return _Together(variant, [node], [node] if add is None else [node, add], residual=residual)
 
 
 def _float_weights(graph: ir.Graph, weight: ir.Value, recipes: dict[str, Recipe], cut: Cut) -> list[ir.Value]:

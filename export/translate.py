@@ -182,7 +182,15 @@ def LatentInjection(
     return op.Mul(rho, op.Mul(op.Div(mixed, scale), norm_out))
 
 
-FUNCTIONS = (VideoAttention, LaneAttention, SegmentAttention, LatentInjection)
+@script(_vlrt)
+def RMSNorm(x: FLOAT, weight: FLOAT, eps: float) -> FLOAT:
+    """The pattern that ONNX Runtime fuses into SimplifiedLayerNormalization, and others run as it is."""
+    mean = op.ReduceMean(op.Pow(x, op.Constant(value_float=2.0)), op.Constant(value_ints=[-1]))
+    scale = op.Sqrt(op.Add(mean, op.Constant(value_float=eps)))
+    return op.Mul(op.Div(x, scale), weight)
+
+
+FUNCTIONS = (VideoAttention, LaneAttention, SegmentAttention, LatentInjection, RMSNorm)
 _CALLS = {"LaneAttention": "VideoAttention"}
 
 
@@ -233,6 +241,7 @@ _latent_injection = _node(
         {"num_heads": "int", "eps": "float"},
     )
 )
+_rms_norm = _node(_schema("RMSNorm", ["x", "weight"], ["out"], {"eps": "float"}))
 _linear = _node(_schema("Linear", ["x", "weight", "bias?"], ["out"], {}))
 
 
@@ -268,10 +277,7 @@ def _translate_latent_injection(
 
 
 def _translate_rms_norm(x: Any, weight: Any, eps: float) -> Any:
-    """The pattern that ONNX Runtime fuses into SimplifiedLayerNormalization, and others run as it is."""
-    mean = op.ReduceMean(op.Pow(x, op.Constant(value_float=2.0)), op.Constant(value_ints=[-1]))
-    scale = op.Sqrt(op.Add(mean, op.Constant(value_float=eps)))
-    return op.Mul(op.Div(x, scale), weight)
+    return _rms_norm(x, weight, eps=eps)
 
 
 def _translate_linear(x: Any, weight: Any, bias: Any = None) -> Any:

@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.closeness import assert_close
+from tests.ort_ops import EPS
 from vlrt.backends import ort_library
 from vlrt.export.linear_functions import Variant
 
@@ -33,19 +35,30 @@ def run(made: Any, given: dict[str, np.ndarray]) -> list[np.ndarray]:
 
 def quantised(given: dict[str, np.ndarray]) -> np.ndarray:
     """What the op makes of x, in fp64; the codes are those of float32."""
-    peak = np.maximum(np.abs(given["x"]).max(axis=1, keepdims=True), np.float32(1e-20))
-    return np.rint(given["x"] * (np.float32(127) / peak)).astype(np.float64) * (peak.astype(np.float64) / 127)
+    if "norm" not in given:
+        return _quantised(given["x"])
+    squares = (given["x"].astype(np.float64) ** 2).mean(axis=1, keepdims=True)
+    return _quantised(given["x"] * given["norm"]) / np.sqrt(squares + EPS)
+
+
+def _quantised(x: np.ndarray) -> np.ndarray:
+    peak = np.maximum(np.abs(x).max(axis=1, keepdims=True), np.float32(1e-20))
+    return np.rint(x * (np.float32(127) / peak)).astype(np.float64) * (peak.astype(np.float64) / 127)
 
 
 def exact(variant: Variant, given: dict[str, np.ndarray], x: np.ndarray) -> list[np.ndarray]:
     """The op in fp64 on an x that is used as it is."""
     outs = []
-    for i in range(variant.num_parts):
+    for i in range(variant.num_parts - variant.down):
         out = x @ given[f"q_{i}"].astype(np.float64) * given[f"scale_{i}"]
         outs.append(out + given[f"bias_{i}"] if variant.bias else out)
     if variant.gated:
         with np.errstate(over="ignore"):
             outs = [outs[0] / (1 + np.exp(-outs[0])) * outs[1]]
+    if variant.down:
+        between = torch.from_numpy(outs[0].astype(np.float32)).bfloat16().float().numpy()
+        out = _quantised(between) @ given["q_2"].astype(np.float64) * given["scale_2"]
+        return [given["x"] + out + (given["bias_2"] if variant.bias else 0)]
     return [outs[0] + given["residual"]] if variant.residual else outs
 
 

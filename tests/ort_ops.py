@@ -13,9 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.native import ROOT, build
 from vlrt.backends import ort_library
 from vlrt.export.linear_functions import FOUR_BIT, INT8, Format, Variant, function
+from vlrt.export.translate import RMSNorm
 
 __all__ = ["ROOT", "build", "doubled", "lane_bias", "level", "linear_session", "run", "session", "video_inputs"]
 LEVELS = {"x86_64": ("avx512", "avx2", "plain"), "aarch64": ("neon",)}.get(platform.machine(), ("plain",))
+EPS = 1e-6  # of norms
 VIDEO = ({"q": 4, "k": 4, "v": 4, "cos": 2, "sin": 2, "k_cache": 4, "v_cache": 4, "past_length": 0}, ("out", "k", "v"))
 LANE = ({**VIDEO[0], "bias": 4}, VIDEO[1])
 SEGMENT = ({"q": 3, "k": 3, "v": 3, "cos": 2, "sin": 2, "cu_seqlens": 1}, ("out",))
@@ -72,17 +74,19 @@ def linear_session(
                 sizes = list(given[name].shape)
             inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes))
     outputs = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, None) for i in range(variant.num_outputs)]
-    attributes = {}
+    attributes: dict[str, Any] = {}
     if weights is FOUR_BIT:
         attributes = {
             "k": given["x"].shape[1],
             **{f"n_{i}": len(given[f"codes_{i}"]) for i in range(variant.num_parts)},
         }
+    if variant.norm:
+        attributes["eps"] = EPS
     node = helper.make_node(body.name, list(body.input), [o.name for o in outputs], domain="vlrt", **attributes)
     opsets = [helper.make_opsetid(domain, version) for domain, version in (("", 18), ("vlrt", 1), ("com.microsoft", 1))]
     held = [numpy_helper.from_array(given[name], name) for name in constants]
     graph = helper.make_graph([node], "linear", inputs, outputs, held)
-    functions = [body] if library is None else []
+    functions = [body, RMSNorm.to_function_proto()] if library is None else []
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

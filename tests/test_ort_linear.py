@@ -177,9 +177,10 @@ def test_layers_of_a_bundle_are_grouped(make_bundle, precision, prefix, of_decod
     """Catches patterns that an exporter's other order of nodes leaves unmatched: more passes over memory."""
     bundle = Bundle.open(make_bundle(precision, overrides=QUICK))
     cfg = bundle.model
-    called = {}
+    called, found = {}, {}
     for graph in ("vision", "decoder", "lm_head"):
         model = onnx.load(bundle.path / f"{graph}.onnx", load_external_data=False)
+        found[graph] = model.graph.node
         functions = {function.name for function in model.functions}
         names = [
             node.op_type for node in model.graph.node if node.op_type.startswith(("Float", "Quantized", "FourBit"))
@@ -188,13 +189,16 @@ def test_layers_of_a_bundle_are_grouped(make_bundle, precision, prefix, of_decod
         assert set(called[graph]) <= functions
     layers, depth = cfg.decoder.num_layers, cfg.vision.depth
     assert called["lm_head"] == ({} if precision == "fp32" else {"QuantizedLinear": 1})
-    assert called["decoder"] == {
-        f"{of_decoder}Projections": layers,
-        f"{of_decoder}LinearAdd": 2 * layers,
-        f"{of_decoder}SwiGLU": layers,
-    }
-    vision = {"Projections": depth, "LinearBias": 2, "LinearBiasAdd": 2 * depth, "SwiGLUBias": depth}
+    if precision == "fp32":
+        decoder = {"Projections": layers, "LinearAdd": 2 * layers, "SwiGLU": layers}
+        vision = {"Projections": depth, "LinearBias": 2, "LinearBiasAdd": 2 * depth, "SwiGLUBias": depth}
+    else:
+        decoder = {"NormProjections": layers, "LinearAdd": layers, "MLP": layers}
+        vision = {"NormProjections": depth, "LinearBias": 2, "LinearBiasAdd": depth, "MLPBias": depth}
+    assert called["decoder"] == {f"{of_decoder}{name}": count for name, count in decoder.items()}
     assert called["vision"] == {f"{prefix}{name}": count for name, count in vision.items()} | {"FloatLinear": 1}
+    norms = [sum(node.op_type == "RMSNorm" for node in found[graph]) for graph in ("vision", "decoder")]
+    assert norms == ([2 * depth + 1, 2 * layers + 1] if precision == "fp32" else [1, 1])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
@@ -205,5 +209,5 @@ def test_a_bundle_takes_them(library, make_bundle, monkeypatch, precision):
     before = ort_library.num_kernels(library)
     OrtBackend(bundle, 1)
     made = ort_library.num_kernels(library) - before
-    attention = bundle.model.decoder.num_layers + bundle.model.vision.depth + (library.fp32 != "none")
+    attention = bundle.model.decoder.num_layers + bundle.model.vision.depth + 1 + (library.fp32 != "none")
     assert (made > attention) == library.packs(precision)

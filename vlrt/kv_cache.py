@@ -38,7 +38,8 @@ class KVCache:
     def __init__(self, decoder: config.Decoder, capacity: int) -> None:
         shape = (2, decoder.num_layers, 1, decoder.num_kv_heads, capacity, decoder.head_dim)
         slots = np.zeros(shape, np.float32)  # at once: NumPy asks for huge pages where an array is large
-        self.keys, self.values = [*slots[0]], [*slots[1]]
+        self.keys: list[Array] = [*slots[0]]
+        self.values: list[Array] = [*slots[1]]
         self.cos = np.zeros((capacity, decoder.head_dim // 2), np.float32)
         self.sin = np.zeros_like(self.cos)
         self.lanes = np.zeros(capacity, np.int32)

@@ -135,7 +135,7 @@ struct Domain {
     add("LatentInjection", std::vector<ONNXTensorElementDataType>(10, kFloat), 1,
         [&level = *levels.attention](const OrtKernelInfo* info) { return vlrt::make_latent_injection(level, info); });
     for (const vlrt::LinearVariant& variant : vlrt::kLinearVariants) {
-      if (levels.fp32 != nullptr)
+      if (levels.fp32 != nullptr && !variant.norm)
         add_linear(variant, vlrt::kFloatFormat, [&variant, level = levels.fp32](const OrtKernelInfo* info) {
           return std::make_unique<vlrt::LinearKernel>(variant, *level, info);
         });

@@ -43,7 +43,7 @@ constexpr std::int64_t kManyTasks = 16;        // that many rows are divided int
 
 class Run {
  public:
-  Run(const Linear& op, const std::vector<PackedWeight>& weights, const LinearLevel& level, const Parallel& parallel,
+  Run(const Linear& op, const PackedWeight* weights, const LinearLevel& level, const Parallel& parallel,
       const Scratch& scratch)
       : op_(op), weights_(weights), level_(level), parallel_(parallel) {
     const std::int64_t lines = round_up(op.k, 64) / 64;
@@ -68,8 +68,11 @@ class Run {
     constexpr std::int64_t kTogether = 16;
     parallel_((op_.m + kTogether - 1) / kTogether, [&](std::size_t task) {
       const std::int64_t first = static_cast<std::int64_t>(task) * kTogether;
-      for (std::int64_t i = first; i < std::min(first + kTogether, op_.m); ++i)
-        level_.quantise(op_.x + i * op_.k, op_.k, row(i), level_.tiled ? kBlockRows * 64 : 64, rows_.scale + i);
+      for (std::int64_t i = first; i < std::min(first + kTogether, op_.m); ++i) {
+        const std::uint16_t* coarse = op_.coarse_x == nullptr ? nullptr : op_.coarse_x + i * round_up(op_.k, kPanel);
+        level_.quantise({op_.x + i * op_.k, coarse, op_.norm, op_.eps}, op_.k, row(i),
+                        level_.tiled ? kBlockRows * 64 : 64, rows_.scale + i);
+      }
     });
   }
 
@@ -90,7 +93,7 @@ class Run {
   std::vector<Group> groups(std::int64_t bytes, std::int64_t tasks) const {
     std::vector<Group> found;
     for (int p = 0; p < (op_.gated ? 1 : op_.num_parts); ++p) {
-      const PackedWeight& weight = weights_[static_cast<std::size_t>(p)];
+      const PackedWeight& weight = weights_[p];
       const std::int64_t panels = divide_up(weight.n, kPanel);
       const std::int64_t size =
           std::max<std::int64_t>(std::min(bytes / (weight.bytes(kPanel) * pair()), panels / tasks), 1);
@@ -107,7 +110,7 @@ class Run {
       if (level_.begin != nullptr) level_.begin();
       for (std::int64_t i = task.first; i < task.last; ++i) {
         for (int p = 0; p < pair(); ++p) {
-          const PackedWeight& weight = weights_[static_cast<std::size_t>(task.part + p)];
+          const PackedWeight& weight = weights_[task.part + p];
           if (weight.bits == 4 && level_.few_4bit != nullptr) {
             level_.few_4bit(rows_.a, op_.k, weight.panel(i), acc[p]);
             continue;
@@ -145,17 +148,20 @@ class Run {
     for (std::int64_t col = group.first * kPanel; col < group.last * kPanel; col += width) {
       const std::int8_t* packed[2] = {};
       for (int p = 0; p < pair(); ++p)
-        packed[p] = int8(weights_[static_cast<std::size_t>(group.part + p)], col, width, p);
+        packed[p] = int8(weights_[group.part + p], col, width, p);
       for (std::int64_t b = 0; b < blocks; ++b, turn ^= 1) {
         const std::int64_t at = first + b * kBlockRows;
         const int count = static_cast<int>(std::min<std::int64_t>(kBlockRows, last - at));
         pending[turn] = epilogue(group.part, col, width, at, count, acc[turn]);
         for (int p = 0; p < pair(); ++p) {
-          const PackedWeight& weight = weights_[static_cast<std::size_t>(group.part + p)];
+          const PackedWeight& weight = weights_[group.part + p];
           const std::int64_t next = col + width, steps = weight.padded() / 64;
           const std::int64_t each = divide_up(divide_up(weight.bytes(width), 64 * steps), blocks);
-          Ahead ahead{at_column(weight, next) + b * each * steps * 64, 0, pending[turn].out, pending[turn].ldo,
-                      p == 0 ? count : 0};
+          const Epilogue& end = pending[turn];
+          const int size = end.coarse_out == nullptr ? 4 : 2;
+          const void* out = end.coarse_out == nullptr ? static_cast<const void*>(end.out) : end.coarse_out;
+          Ahead ahead{at_column(weight, next) + b * each * steps * 64, 0, static_cast<const char*>(out),
+                      end.ldo * size, p == 0 ? count : 0, width * size};
           // The next columns are fetched by and by: as many lines in a step as it reads, divided by blocks.
           if (next < group.last * kPanel && b * each * steps * 64 < weight.bytes(width))
             ahead.lines = static_cast<int>(each);
@@ -197,13 +203,18 @@ class Run {
       end.up_acc = acc[1];
       end.up_scale = up.scale + col, end.up_bias = up.bias == nullptr ? nullptr : up.bias + col;
     }
-    end.ldo = part.n, end.out = part.out + row * end.ldo + col;
+    end.ldo = part.coarse_out == nullptr ? part.n : round_up(part.n, kPanel);
+    if (part.coarse_out == nullptr) {
+      end.out = part.out + row * end.ldo + col;
+    } else {
+      end.coarse_out = part.coarse_out + row * end.ldo + col;
+    }
     if (op_.residual != nullptr) end.residual = op_.residual + row * end.ldo + col;
     return end;
   }
 
   const Linear& op_;
-  const std::vector<PackedWeight>& weights_;
+  const PackedWeight* weights_;  // of the parts
   const LinearLevel& level_;
   const Parallel& parallel_;
   Rows rows_{};
@@ -227,7 +238,19 @@ const LinearLevel* find_linear_level(const char* name) {
 void linear(const Linear& op, const std::vector<PackedWeight>& weights, const LinearLevel& level,
             const Parallel& parallel, const Scratch& scratch) {
   if (op.m == 0) return;
-  Run(op, weights, level, parallel, scratch)();
+  if (!op.down) {
+    Run(op, weights.data(), level, parallel, scratch)();
+    return;
+  }
+  Linear gated = op, down{};
+  const std::int64_t inner = op.parts[0].n;
+  gated.down = false, gated.num_parts = 2;
+  down.m = op.m, down.k = inner, down.num_parts = 1, down.parts[0] = op.parts[2], down.residual = op.x;
+  auto* between = reinterpret_cast<std::uint16_t*>(
+      scratch(static_cast<std::size_t>(op.m * round_up(inner, kPanel) / 2)));
+  gated.parts[0].coarse_out = between, down.coarse_x = between;
+  Run(gated, weights.data(), level, parallel, scratch)();
+  Run(down, weights.data() + 2, level, parallel, scratch)();
 }
 
 }  // namespace vlrt

@@ -1,8 +1,9 @@
-// Linear layers with weights of 8 or 4 bits on plain arrays: y = x W * scale + bias + residual, and the gated pair of a
-// SwiGLU.
+// Linear layers with weights of 8 or 4 bits on plain arrays: y = x W * scale + bias + residual, the gated pair of a
+// SwiGLU, and a whole MLP with the norm before it.
 //
 // Each row of x is quantised by its own largest magnitude: a = rint(127 x / max|x|). Integer sums are exact, so that
-// every level gives the same ones. Weights are packed once, when a session makes its kernels, in an order of the level.
+// every level gives the same ones. Within an MLP, what is gated is rounded to bf16 until it is quantised: that is less
+// than a hundredth of what quantising rounds, and half of what memory has to move. Weights are packed once, when a session makes its kernels, in an order of the level.
 #pragma once
 
 #include <cstdint>
@@ -70,6 +71,7 @@ struct LinearPart {
   const float* scale;  // [n]; null where weights are floats
   const float* bias;   // [n], or null
   float* out;          // [M, n]; null for the second part of a gated pair
+  std::uint16_t* coarse_out = nullptr;  // in place of it: bf16 [M, n up to a panel]
 };
 
 struct Linear {
@@ -79,6 +81,18 @@ struct Linear {
   LinearPart parts[kMaxParts];
   bool gated;             // two parts of one width: out = silu(part 0) * part 1
   const float* residual;  // [M, n] of a single part, or null
+  const std::uint16_t* coarse_x = nullptr;  // in place of x: bf16 [M, K up to a panel]
+  const float* norm = nullptr;              // [K]: the parts read RMSNorm(x), with this weight; or null
+  float eps = 0;                            // of the norm
+  bool down = false;                        // of a gated pair: out = x + part 2 of what is gated
+};
+
+// A row of x.
+struct Row {
+  const float* x;
+  const std::uint16_t* coarse;  // in place of it: bf16, with zeros or anything up to a panel
+  const float* norm;
+  float eps;
 };
 
 // The rows of x, quantised.
@@ -99,16 +113,17 @@ struct Epilogue {
   const float* residual;            // rows ldo apart, or null
   float* out;
   std::int64_t ldo;
+  std::uint16_t* coarse_out;  // in place of `out`
 };
 
 // What is fetched from memory meanwhile: so many cache lines from `at` on in each step of 64 k, and the places of
-// `rows` rows of the output, ldo apart.
+// `rows` rows of the output, so many bytes of each, ldo bytes apart.
 struct Ahead {
   const std::int8_t* at;
   int lines;
-  float* out;
+  const char* out;
   std::int64_t ldo;
-  int rows;
+  int rows, bytes;
 };
 
 // Kernels of one instruction set. Plain types only, for the reason that tile.h gives.
@@ -116,8 +131,8 @@ struct LinearLevel {
   const char* name;
   bool tiled;  // kBlockRows rows lie together, 64 k of each; else rows lie one after the other
   int width;   // columns that `block` takes: a panel or a part of it, which lie together
-  // One row x [k] -> a and its scale; 64 k lie together, `step` bytes from the next.
-  void (*quantise)(const float* x, std::int64_t k, std::int8_t* a, std::int64_t step, float* scale);
+  // One row of k -> a and its scale; 64 k lie together, `step` bytes from the next.
+  void (*quantise)(const Row& row, std::int64_t k, std::int8_t* a, std::int64_t step, float* scale);
   // Panels of packed, `apart` bytes from each other, = q [k, cols], whose rows are n apart; sum [cols up to a panel].
   void (*pack)(const std::int8_t* q, std::int64_t n, std::int64_t k, std::int64_t cols, std::int8_t* packed,
                std::int64_t apart, std::int32_t* sum);
