@@ -104,6 +104,9 @@ class FakeBackend:
     def plan_memory(self, shape):
         return memory_plan.predict(self.model, shape, int8=False, library=False)
 
+    def give_back(self):
+        pass
+
     def close(self):
         pass
 

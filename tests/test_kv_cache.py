@@ -5,7 +5,7 @@ import pytest
 
 from tests.fakes import fake_model
 from vlrt.errors import ConfigError
-from vlrt.kv_cache import KVCache
+from vlrt.kv_cache import KVCache, Spare
 
 
 def rows(count, value):
@@ -68,3 +68,40 @@ def test_a_view_shows_the_slots_in_use():
     assert np.shares_memory(keys, cache.keys[0])
     assert np.shares_memory(values, cache.values[0])
     assert not np.shares_memory(keys, values)
+
+
+def test_memory_is_lent_again_once_nobody_looks_at_it():
+    """Catches a view whose numbers change under it, and memory that is asked of the system for every cache."""
+    spare, model = Spare(), fake_model().decoder
+    cache = KVCache(model, 40, spare)
+    address, view = cache.keys[0].ctypes.data, cache.values[0][:, :, 3:5]
+    view[:] = 7
+    del cache
+    other = KVCache(model, 40, spare)
+    assert not any(np.shares_memory(view, part) for part in (*other.keys, *other.values))
+    assert (view == 7).all()
+    del view
+    assert KVCache(model, 40, spare).keys[0].ctypes.data == address
+
+
+@pytest.mark.parametrize(("capacity", "again"), [(20, True), (30, True), (40, True), (41, False), (19, False)])
+def test_memory_serves_caches_of_about_its_size(capacity, again):
+    """Catches slots behind the end of what was lent, and a long video's memory that is kept for short ones."""
+    spare, model = Spare(), fake_model().decoder
+    address = KVCache(model, 40, spare).keys[0].ctypes.data
+    cache = KVCache(model, capacity, spare)
+    assert (cache.keys[0].ctypes.data == address) == again
+    for part in (*cache.keys, *cache.values):
+        part[:] = 1  # all of it is there
+    del cache
+    spare.let_go()
+    assert not spare._kept
+
+
+def test_one_cache_is_kept_at_most():
+    """Catches memory of every cache that there ever was."""
+    spare, model = Spare(), fake_model().decoder
+    caches = [KVCache(model, 40, spare) for _ in range(3)]
+    assert not spare._kept
+    caches.clear()
+    assert len(spare._kept) == 1

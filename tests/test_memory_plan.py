@@ -138,6 +138,20 @@ def test_kept_videos_are_let_go_before_a_question_is_refused(tiny_path):
     assert bounded.freed == 1
 
 
+def test_what_a_runtime_keeps_is_let_go_too(make_bundle):
+    """Catches memory for the next cache that stands in the way of a question."""
+    with Runtime.open(make_bundle(overrides=QUICK), threads=1) as runtime:
+        runtime.ask(square(), QUESTION, max_tokens=1)
+        spare = runtime._backend._spare
+        assert not spare._kept  # the video's memory holds its cache
+        runtime._recent.clear()
+        assert len(spare._kept) == 1
+        runtime.ask(square(), QUESTION, max_tokens=1)
+        runtime._admission.let_go()
+        assert not runtime._recent._kept
+        assert not spare._kept
+
+
 def test_refused_before_the_video_is_decoded_or_encoded(make_bundle, monkeypatch):
     def never(*_, **__):
         raise AssertionError("work was done for a question that cannot be answered")

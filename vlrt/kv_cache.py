@@ -5,6 +5,8 @@ by where it stands in time and space and not by its slot. Several sequences may 
 and a lane sees its own slots and those of its trunk, what its sequence begins with. Knows no model and no engine.
 """
 
+import math
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +21,42 @@ Array = NDArray[np.float32]
 TRUNK = 1 << 16  # lanes k * TRUNK are trunks; lanes between them and the next one go on from them
 
 
+class Spare:
+    """The memory of the cache that was let go last, for the next one.
+
+    Pages that the system has to hand out anew take longer than what is written to them.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Array] = []  # at most one; changed by single calls, since memory comes back in any thread
+
+    def take(self, count: int) -> Array:
+        """Return [count] float32 that nobody else uses; what is in it is not defined.
+
+        It comes back once neither the array is left nor a view of it.
+        """
+        try:
+            memory = self._kept.pop()
+        except IndexError:
+            memory = None
+        if memory is None or not count <= memory.size <= 2 * count:
+            memory = np.zeros(count, np.float32)  # NumPy asks for huge pages where that is much
+        lent = np.frombuffer(memory.data, np.float32, count)  # views refer to it, not to what owns the memory
+        weakref.finalize(lent, self._kept.__setitem__, slice(None), [memory]).atexit = False
+        return lent
+
+    def let_go(self) -> None:
+        """Keep nothing."""
+        self._kept.clear()
+
+
 class KVCache:
     """Static cache of one sequence.
 
     Args:
         decoder: gives layers, heads and head dim.
-        capacity: number of slots M; memory is touched only as slots are filled.
+        capacity: number of slots M.
+        spare: lends the memory; None: new memory, which is touched only as slots are filled.
 
     Attributes:
         keys: one [1, H_kv, M, D] float32 per layer.
@@ -35,9 +67,9 @@ class KVCache:
         past_length: int32 array of no axes, slots in use; engines read it in place.
     """
 
-    def __init__(self, decoder: config.Decoder, capacity: int) -> None:
+    def __init__(self, decoder: config.Decoder, capacity: int, spare: Spare | None = None) -> None:
         shape = (2, decoder.num_layers, 1, decoder.num_kv_heads, capacity, decoder.head_dim)
-        slots = np.zeros(shape, np.float32)  # at once: NumPy asks for huge pages where an array is large
+        slots = (spare or Spare()).take(math.prod(shape)).reshape(shape)
         self.keys: list[Array] = [*slots[0]]
         self.values: list[Array] = [*slots[1]]
         self.cos = np.zeros((capacity, decoder.head_dim // 2), np.float32)

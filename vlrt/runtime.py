@@ -53,10 +53,15 @@ class Runtime:
         self.model = backend.model
         self.tokenizer = tokenizer
         self._backend: Backend | None = backend
-        self._recent = Recent(video_cache_bytes)
+        self._recent = recent = Recent(video_cache_bytes)
         self._origin = origin
         self._packs = kv_cache == "int8"
-        self._admission = Admission(self.model, tokenizer, backend.plan_memory, memory_bytes, self._recent.clear)
+
+        def let_go() -> None:
+            recent.clear()
+            backend.give_back()
+
+        self._admission = Admission(self.model, tokenizer, backend.plan_memory, memory_bytes, let_go)
 
     @classmethod
     def open(

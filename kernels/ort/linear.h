@@ -3,7 +3,8 @@
 //
 // Each row of x is quantised by its own largest magnitude: a = rint(127 x / max|x|). Integer sums are exact, so that
 // every level gives the same ones. Within an MLP, what is gated is rounded to bf16 until it is quantised: that is less
-// than a hundredth of what quantising rounds, and half of what memory has to move. Weights are packed once, when a session makes its kernels, in an order of the level.
+// than a hundredth of what quantising rounds, and half of what memory has to move. Weights are packed once, when a
+// session makes its kernels, in an order of the level.
 #pragma once
 
 #include <cstdint>

@@ -116,5 +116,8 @@ class Backend(Protocol):
     def plan_memory(self, shape: Shape) -> Plan | None:
         """Predict what a question takes in host memory; None: not known for this engine."""
 
+    def give_back(self) -> None:
+        """Give back host memory that is kept for questions to come."""
+
     def close(self) -> None:
         """Free what the engine holds."""

@@ -21,7 +21,7 @@ from vlrt.backends.base import Floats, Ids
 from vlrt.backends.greedy import HostWords
 from vlrt.bundle import Bundle, Table, widen
 from vlrt.errors import BackendUnavailable, BundleError
-from vlrt.kv_cache import KVCache
+from vlrt.kv_cache import KVCache, Spare
 
 # Without VNNI, x86 adds pairs of products of unsigned and signed bytes in 16 bits, and saturates. This has ONNX Runtime
 # take kernels that do not; where there is VNNI it would take them too, and they are several times slower.
@@ -63,7 +63,7 @@ class OrtBackend:
     prefill_chunk, vision_chunk = memory_plan.PREFILL_CHUNK, memory_plan.VISION_CHUNK
 
     def __init__(self, bundle: Bundle, threads: int | None = None, *, library: bool = True) -> None:
-        self.model, self._files = bundle.model, bundle.watched()
+        self.model, self._files, self._spare = bundle.model, bundle.watched(), Spare()
         self._library = _usable_library(bundle.model) if library else "it was not asked for"
         self._level = ort_library.AUTO if bundle.precision == "fp32" else ort_library.AUTO_BF16
         before = self._num_kernels()
@@ -133,7 +133,7 @@ class OrtBackend:
 
     def prepare(self, capacity: int) -> BoundCache:
         """See `base.Backend`."""
-        cache = BoundCache(self.model.decoder, capacity)
+        cache = BoundCache(self.model.decoder, capacity, self._spare)
         binding = self._decoder.io_binding()
         graph = self._decoder_graph
         fixed = [cache.cos, cache.sin, cache.past_length, *cache.keys, *cache.values]
@@ -221,8 +221,13 @@ class OrtBackend:
         """See `base.Backend`."""
         return rows
 
+    def give_back(self) -> None:
+        """See `base.Backend`."""
+        self._spare.let_go()
+
     def close(self) -> None:
         """See `base.Backend`."""
+        self._spare.let_go()
         del self._vision, self._decoder, self._lm_head, self._latent, self._latent_memory, self._embed, self._head
 
     def _load(self, bundle: Bundle, graph: names.Graph) -> ort.InferenceSession:

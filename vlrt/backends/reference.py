@@ -133,6 +133,9 @@ class ReferenceBackend:
     def plan_memory(self, shape: Shape) -> None:
         """See `base.Backend`."""
 
+    def give_back(self) -> None:
+        """See `base.Backend`."""
+
     def close(self) -> None:
         """See `base.Backend`."""
         del self._module, self._table

@@ -191,6 +191,9 @@ class TorchBackend:
     def plan_memory(self, shape: Shape) -> None:
         """See `base.Backend`."""
 
+    def give_back(self) -> None:
+        """See `base.Backend`."""
+
     def close(self) -> None:
         """See `base.Backend`."""
         del self._module, self._decoder, self._table, self._head, self._pool, self._towers, self._cutter
