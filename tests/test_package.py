@@ -108,6 +108,27 @@ def test_the_doctor_tells_where_int8_is_slow(architecture, features, slow):
     assert ("slower" in found.reason) == slow
 
 
+@pytest.mark.parametrize(
+    ("setting", "available", "words"),
+    [
+        ("[always] madvise never\n", True, "always"),
+        ("always [madvise] never\n", True, "madvise"),
+        ("always madvise [never]\n", False, "as root: echo madvise > "),
+        ("", False, "is ''"),
+        (None, False, "does not tell"),
+    ],
+)
+def test_the_doctor_tells_where_there_are_no_huge_pages(tmp_path, setting, available, words):
+    """Catches a machine that reads weights more slowly than it could, without a word."""
+    from vlrt import doctor
+
+    path = tmp_path / "enabled"
+    if setting is not None:
+        path.write_text(setting)
+    found = doctor.huge_pages(path)
+    assert (found.available, words in found.reason) == (available, True)
+
+
 def test_kernels_that_do_not_saturate_are_taken_where_others_may(make_bundle, monkeypatch):
     """Catches the slow kernels on processors that need none: with VNNI they took int8 five times as long."""
     import onnxruntime

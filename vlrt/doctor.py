@@ -53,6 +53,7 @@ def abilities() -> list[Ability]:
         _ort(),
         _ort_library(),
         exact_int8(platform.machine(), processor.describe()["features"]),
+        huge_pages(),
         Ability("torch backend, CPU", torch is None, torch or f"torch {_version('torch')}"),
         _torch_cuda(torch),
         Ability("ort backend, CUDA", False, cuda),
@@ -102,6 +103,24 @@ def exact_int8(architecture: str, features: list[str] | None) -> Ability:
     if not processor.may_saturate(architecture, features):
         return Ability(name, True, f"with {min(processor.VNNI & set(features))}")
     return Ability(name, True, "this processor has no VNNI: products are widened to 16 bits first, which is slower")
+
+
+def huge_pages(setting: Path = Path("/sys/kernel/mm/transparent_hugepage/enabled")) -> Ability:
+    """Return whether Linux gives huge pages to those who ask, as weights and caches do.
+
+    Args:
+        setting: the kernel's: what is chosen stands in brackets.
+    """
+    name = "huge pages"
+    try:
+        chosen = setting.read_text(encoding="ascii").partition("[")[2].partition("]")[0]
+    except (OSError, ValueError):
+        return Ability(name, False, "this system does not tell whether it has them")
+    if chosen in ("always", "madvise"):
+        return Ability(name, True, chosen)
+    return Ability(
+        name, False, f"{setting} is {chosen!r}: memory is read more slowly; to do, as root: echo madvise > {setting}"
+    )
 
 
 def _export() -> Ability:

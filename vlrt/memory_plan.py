@@ -143,6 +143,7 @@ def predict(model: config.Model, shape: Shape, *, int8: bool, library: bool) -> 
     slot = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim + decoder.head_dim
     feature = 4 * decoder.hidden_size
     at_once = min(prompt_tokens, PREFILL_CHUNK)
+    packed = 4 * capacity * decoder.num_kv_heads * decoder.head_dim if int8 and library else 0  # a layer's, in bf16
     return Plan(
         shape=shape,
         video_tokens=video_tokens,
@@ -154,7 +155,7 @@ def predict(model: config.Model, shape: Shape, *, int8: bool, library: bool) -> 
         tokens=video_tokens * feature,
         embeds=prompt_tokens * feature,
         cache=4 * capacity * slot,
-        decoder_pass=4 * at_once * _decoder_floats(decoder, fused=int8 and library),
+        decoder_pass=4 * at_once * _decoder_floats(decoder, fused=int8 and library) + packed,
         logits=4 * decoder.vocab_size,
         fixed=DECODING_BYTES + ENGINE_BYTES,
     )
