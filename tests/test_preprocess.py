@@ -13,8 +13,8 @@ from tests import qwen_reference
 from tests.videos import SMALL, VISION, decoded, make, picture
 from vlrt.config import Video
 from vlrt.errors import VideoError
-from vlrt.images import resize
 from vlrt.preprocess import grid_of, patchify, resized, take
+from vlrt.resampling import resize
 from vlrt.sampling import frame_size
 from vlrt.video import Frames, load
 
@@ -86,18 +86,6 @@ def test_an_image_is_that_of_qwen_vl_utils(tmp_path: Path, mode: str) -> None:
     np.testing.assert_array_equal(frames.data[0], expected)
     assert frames.is_image
     assert (frames.source_height, frames.source_width) == (77, 123)
-
-
-@pytest.mark.parametrize("size", [(28, 28), (84, 140), (224, 56), (112, 112)])
-def test_resize_is_torchvision_s_but_for_ties(size: tuple[int, int]) -> None:
-    # Would catch 8-bit resampling, which clips between columns and rows: tens of levels away at hard edges.
-    source = np.random.default_rng(2).integers(0, 2, (123, 77, 1), np.uint8).repeat(3, axis=2) * np.uint8(255)
-    tensor = torch.from_numpy(source).permute(2, 0, 1)[None].float()
-    values = torch.nn.functional.interpolate(tensor, size, mode="bicubic", antialias=True)
-    expected = values.clamp(0, 255).round().byte()[0].permute(1, 2, 0).numpy()
-    apart = np.abs(resize(source, size).astype(int) - expected.astype(int))
-    assert apart.max() <= 1
-    assert (apart > 0).mean() < 1e-3
 
 
 def test_patches_of_an_image_are_those_of_transformers(tmp_path: Path) -> None:

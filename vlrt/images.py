@@ -68,25 +68,6 @@ def read_image(
         return np.asarray(resized), image.height, image.width
 
 
-def resize(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """Return a frame [H, W, 3] uint8 at `size` = (height, width): bicubic, antialiased, in float32, rounded at the end.
-
-    Equal to torchvision's resize of uint8 tensors, which qwen-vl-utils calls, but for rounding ties (one level in fewer
-    than 1 of 1,000 values). Pillow's 8-bit resize, and torch's port of it, clip and round between columns and rows
-    instead: up to 30 levels away at hard edges.
-    """
-    from PIL import Image
-
-    if picture.shape[:2] == size:
-        return picture
-    resized = np.empty((*size, 3), np.uint8)
-    for channel in range(3):
-        values = Image.fromarray(picture[:, :, channel].astype(np.float32))
-        scaled = np.asarray(values.resize((size[1], size[0]), Image.Resampling.BICUBIC))
-        resized[:, :, channel] = np.rint(np.clip(scaled, 0, 255))
-    return resized
-
-
 def _upright(image: Image.Image) -> Image.Image:
     from PIL import Image
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vlrt.config import Video, Vision
 from vlrt.errors import VideoError
-from vlrt.images import resize
+from vlrt.resampling import resize
 from vlrt.sampling import frame_size, image_size, size_factor
 from vlrt.video import Frames
 

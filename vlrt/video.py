@@ -19,7 +19,8 @@ from vlrt.config import Video, Vision
 from vlrt.container import Container
 from vlrt.decoding import decode_frames
 from vlrt.errors import VideoError
-from vlrt.images import is_image, read_image, resize
+from vlrt.images import is_image, read_image
+from vlrt.resampling import resize
 from vlrt.sampling import frame_indices, frame_size, image_size, num_samples
 from vlrt.timeline import list_frames
 

@@ -69,6 +69,10 @@ struct Level {
   // out [columns] = weights [rows] x: rows of x [rows, columns] are ldx apart.
   void (*weigh)(const float* weights, std::int64_t rows, const float* x, std::int64_t ldx, std::int64_t columns,
                 float* out);
+  // See resample.inc.
+  void (*blend)(const std::uint8_t* const* rows, const float* weights, int count, std::int64_t n, float* out);
+  void (*gather)(const float* row, const std::int64_t* first, const float* weights, int count, std::int64_t columns,
+                 std::uint8_t* out);
   const Bf16* bf16 = nullptr;  // null: fp32 for any number of queries
 };
 
