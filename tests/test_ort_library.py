@@ -30,7 +30,7 @@ CANNOT_BE_BUILT = ("CMake was not found", "no C++ compiler was found", "the head
 
 
 @pytest.mark.parametrize("past", [0, 5, 777])
-@pytest.mark.parametrize("num_new", [1, 63, 123])
+@pytest.mark.parametrize("num_new", [1, 2, 63, 123])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "batch"), [(2, 2, 16, 1), (4, 2, 80, 2), (14, 2, 64, 1), (7, 1, 128, 1), (3, 1, 18, 1)]
 )
@@ -47,7 +47,7 @@ def test_video_attention_is_the_reference(library, level, num_new, past, heads, 
         assert cache[:, :, past + num_new :].isnan().all()
 
 
-@pytest.mark.parametrize(("num_new", "past"), [(1, 5), (3, 777), (8, 2600), (63, 0), (123, 300)])
+@pytest.mark.parametrize(("num_new", "past"), [(1, 5), (1, 777), (3, 777), (8, 2600), (63, 0), (123, 300)])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (7, 1, 128), (3, 1, 18)])
 def test_lane_attention_is_the_reference(library, level, num_new, past, heads, kv_heads, dim):
     """Catches a bias that goes to another row or key, hidden slots that count, and causality that a bias undoes."""

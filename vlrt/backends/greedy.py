@@ -23,6 +23,7 @@ class HostWords:
         self._logits, self._penalty = logits, np.float32(penalty)
         self._seen = set(seen)
         self.log_probability = 0.0
+        self._ratios = np.empty(0, np.float32)  # of every word to the chosen one, made anew each time
 
     def __call__(self, hidden: Array, banned: Sequence[int] = ()) -> int:
         """See `base.Words`."""
@@ -42,5 +43,8 @@ class HostWords:
         self._seen.add(token_id)
         if np.isnan(logits[token_id]):
             return NO_NUMBER
-        self.log_probability = -float(np.log(np.exp(logits - logits[token_id]).sum(dtype=np.float64)))
+        if self._ratios.shape != logits.shape:
+            self._ratios = np.empty_like(logits)
+        ratios = np.subtract(logits, logits[token_id], out=self._ratios)
+        self.log_probability = -float(np.log(np.exp(ratios, out=ratios).sum()))  # NumPy adds pairwise: to a few ulps
         return token_id
