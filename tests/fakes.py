@@ -31,7 +31,7 @@ class FakeBackend:
         full_reads: rows of each `logits`.
     """
 
-    prefill_chunk, vision_chunk, has_lanes = 512, 4096, False
+    prefill_chunk, vision_chunk, has_lanes, keeps_spare = 512, 4096, False, False
 
     def __init__(self, model=None):
         self.model = model or fake_model()

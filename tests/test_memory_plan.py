@@ -152,6 +152,14 @@ def test_what_a_runtime_keeps_is_let_go_too(make_bundle):
         assert not spare._kept
 
 
+def test_nothing_is_spared_where_memory_is_to_be_saved(make_bundle):
+    """Catches keys and values in float32 that stay beside those in int8."""
+    with Runtime.open(make_bundle(overrides=QUICK), threads=1, kv_cache="int8") as runtime:
+        runtime.ask(square(), QUESTION, max_tokens=1)
+        runtime._recent.clear()
+        assert not runtime._backend._spare._kept
+
+
 def test_refused_before_the_video_is_decoded_or_encoded(make_bundle, monkeypatch):
     def never(*_, **__):
         raise AssertionError("work was done for a question that cannot be answered")

@@ -56,6 +56,7 @@ class Runtime:
         self._recent = recent = Recent(video_cache_bytes)
         self._origin = origin
         self._packs = kv_cache == "int8"
+        backend.keeps_spare = backend.keeps_spare and not self._packs  # where memory is to be saved
 
         def let_go() -> None:
             recent.clear()
@@ -83,7 +84,8 @@ class Runtime:
             device: "cpu", "cuda" (backend "torch" alone), or "auto": a GPU where there is one that the backend can use.
             threads: of one graph run; None: one per core that this process may use. Of PyTorch: in the whole process.
             video_cache_bytes: of what was computed about the videos asked about last, so that another question about
-                one of them takes less; 0: nothing is kept.
+                one of them takes less; 0: nothing is kept. Beside that, the memory of keys and values that were let go
+                last serves the next video, unless kv_cache is "int8".
             memory_bytes: that one question may take above the loaded bundle, kept videos not counted; one that would
                 take more is refused before its video is decoded. None: what the machine, or the control group that
                 the process is in, has available by then.

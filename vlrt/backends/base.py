@@ -56,12 +56,14 @@ class Backend(Protocol):
         prefill_chunk: positions of the longest decoder pass: bounds the attention scores that a pass holds.
         vision_chunk: patches per pass of the vision tower, rounded up to whole temporal patches.
         has_lanes: whether `decode` takes several sequences in one cache; its arrays are NumPy then.
+        keeps_spare: whether the memory of the cache that was let go last is kept for the next one, where it can be.
     """
 
     model: config.Model
     prefill_chunk: int
     vision_chunk: int
     has_lanes: bool
+    keeps_spare: bool
 
     def frame_upload(self) -> FrameUpload | None:
         """Return what takes a video's frames; None: `encode` wants pixels from `preprocess.cut`."""

@@ -61,6 +61,7 @@ class OrtBackend:
     """
 
     prefill_chunk, vision_chunk = memory_plan.PREFILL_CHUNK, memory_plan.VISION_CHUNK
+    keeps_spare = True
 
     def __init__(self, bundle: Bundle, threads: int | None = None, *, library: bool = True) -> None:
         self.model, self._files, self._spare = bundle.model, bundle.watched(), Spare()
@@ -133,7 +134,7 @@ class OrtBackend:
 
     def prepare(self, capacity: int) -> BoundCache:
         """See `base.Backend`."""
-        cache = BoundCache(self.model.decoder, capacity, self._spare)
+        cache = BoundCache(self.model.decoder, capacity, self._spare if self.keeps_spare else None)
         binding = self._decoder.io_binding()
         graph = self._decoder_graph
         fixed = [cache.cos, cache.sin, cache.past_length, *cache.keys, *cache.values]

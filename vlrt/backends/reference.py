@@ -28,7 +28,7 @@ class ReferenceBackend:
         streamed: hold the weights of one layer at a time, fetched anew at every pass; else all of them, in fp32.
     """
 
-    prefill_chunk, vision_chunk, has_lanes = 512, 4096, False
+    prefill_chunk, vision_chunk, has_lanes, keeps_spare = 512, 4096, False, False
 
     def __init__(self, checkpoint: Checkpoint, *, streamed: bool = False) -> None:
         self.model = checkpoint.model

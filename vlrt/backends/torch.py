@@ -48,7 +48,7 @@ class TorchBackend:
         BundleError: a file is damaged, or weights are missing.
     """
 
-    has_lanes = False
+    has_lanes = keeps_spare = False
 
     def __init__(self, bundle: Bundle, device: str = "auto", threads: int | None = None) -> None:
         where = _device(device)
