@@ -15,7 +15,7 @@ from vlrt.backends import ort_library
 from vlrt.export.linear_functions import FOUR_BIT, INT8, Format, Variant, function
 from vlrt.export.translate import RMSNorm
 
-__all__ = ["ROOT", "build", "doubled", "lane_bias", "level", "linear_session", "run", "session", "video_inputs"]
+__all__ = ["ROOT", "build", "doubled", "lane_bias", "level", "linear_session", "load", "run", "session", "video_inputs"]
 LEVELS = {"x86_64": ("avx512", "avx2", "plain"), "aarch64": ("neon",)}.get(platform.machine(), ("plain",))
 EPS = 1e-6  # of norms
 VIDEO = ({"q": 4, "k": 4, "v": 4, "cos": 2, "sin": 2, "k_cache": 4, "v_cache": 4, "past_length": 0}, ("out", "k", "v"))
@@ -43,12 +43,7 @@ def session(library: ort_library.Library, op: str, simd: str = "auto", threads: 
     node = helper.make_node(op, list(ranks), [v.name for v in values], domain="vlrt")
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("vlrt", 1)]
     model = helper.make_model(helper.make_graph([node], op, inputs, values), opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.add_session_config_entry(ort_library.SIMD, simd)
-    options.register_custom_ops_library(str(library.path))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return load(library, model, {ort_library.SIMD: simd}, threads)
 
 
 def linear_session(
@@ -88,6 +83,11 @@ def linear_session(
     graph = helper.make_graph([node], "linear", inputs, outputs, held)
     functions = [body, RMSNorm.to_function_proto()] if library is None else []
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10, functions=functions)
+    return load(library, model, entries, threads)
+
+
+def load(library: ort_library.Library | None, model: Any, entries: dict[str, str], threads: int = 2) -> Any:
+    """A session of a model; with a library these entries pick its levels."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4

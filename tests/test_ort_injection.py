@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.bundles import QUICK
 from tests.closeness import assert_close
-from tests.ort_ops import doubled, level, run
+from tests.ort_ops import EPS, doubled, level, load, run
 from vlrt.backends import ort_library
 from vlrt.backends.ort import OrtBackend
 from vlrt.bundle import Bundle
@@ -19,7 +19,6 @@ from vlrt.kernels import reference
 __all__ = ["level"]
 NAMES = ("h", "norm_in", "fc1", "fc2", "q_proj", "memory_k", "memory_v", "alpha", "norm_out", "rho")
 CONSTANTS = ("fc1", "fc2", "q_proj")
-EPS = 1e-6
 
 
 def make_inputs(
@@ -60,12 +59,7 @@ def session(
     graph = helper.make_graph([node], "latent", values, [out], held)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("vlrt", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.add_session_config_entry(ort_library.SIMD, simd)
-    options.register_custom_ops_library(str(library.path))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return load(library, model, {ort_library.SIMD: simd}, threads)
 
 
 def inject(made: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -104,6 +104,16 @@ def test_segment_attention_is_the_reference(library, level, bounds, heads, dim):
     assert_close(run(session(library, "SegmentAttention", level), *given)[0], exact, plain)
 
 
+@pytest.mark.parametrize("dim", [18, 64, 80])
+def test_few_rows_are_the_same_to_the_bit(library, level, dim):
+    """Catches outputs that depend on which of the two layouts the rows that share a key head are given."""
+    given = video_inputs(1, 777, 18, 2, dim)
+    for heads in range(1, 9):
+        few = [given[0].unflatten(2, (2, 9))[:, :, :, :heads].flatten(2, 3).contiguous(), *given[1:]]
+        many, out = (run(session(library, "VideoAttention", level), *x)[0].unflatten(2, (2, -1)) for x in (given, few))
+        assert torch.equal(many[:, :, :, :heads], out)
+
+
 def test_exp2_is_within_two_ulps(library, level):
     """Catches a polynomial of another range, and what should be nothing at the far end."""
     x = np.linspace(-126, 0, 1_000_003, dtype=np.float32)

@@ -69,7 +69,7 @@ class KVCache:
 
     def __init__(self, decoder: config.Decoder, capacity: int, spare: Spare | None = None) -> None:
         shape = (2, decoder.num_layers, 1, decoder.num_kv_heads, capacity, decoder.head_dim)
-        slots = (spare or Spare()).take(math.prod(shape)).reshape(shape)
+        slots = np.zeros(shape, np.float32) if spare is None else spare.take(math.prod(shape)).reshape(shape)
         self.keys: list[Array] = [*slots[0]]
         self.values: list[Array] = [*slots[1]]
         self.cos = np.zeros((capacity, decoder.head_dim // 2), np.float32)

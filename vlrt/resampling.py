@@ -6,6 +6,7 @@ Knows pictures in memory; no files, no rule of sizes.
 import ctypes
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +30,11 @@ def resize(picture: Picture, size: tuple[int, int]) -> Picture:
 
 @functools.cache
 def _by_library(directory: str) -> Callable[[Picture, tuple[int, int]], Picture]:
-    """Return what resizes with the library of a directory; Pillow where there is none, or one without it."""
-    try:
-        call = ctypes.CDLL(f"{directory}/{ort_library.file_name()}").vlrt_resize
-    except (OSError, AttributeError):
+    """Return what resizes with the library of a directory; without one, Pillow."""
+    found = ort_library.find(Path(directory))
+    if isinstance(found, str):
         return _by_pillow
+    call = ctypes.CDLL(str(found.path)).vlrt_resize
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     call.argtypes = [ctypes.c_char_p, pointer, *[number] * 5, pointer]
     level = ort_library.AUTO.encode()

@@ -69,9 +69,13 @@ class Run {
     parallel_((op_.m + kTogether - 1) / kTogether, [&](std::size_t task) {
       const std::int64_t first = static_cast<std::int64_t>(task) * kTogether;
       for (std::int64_t i = first; i < std::min(first + kTogether, op_.m); ++i) {
-        const std::uint16_t* coarse = op_.coarse_x == nullptr ? nullptr : op_.coarse_x + i * round_up(op_.k, kPanel);
-        level_.quantise({op_.x + i * op_.k, coarse, op_.norm, op_.eps}, op_.k, row(i),
-                        level_.tiled ? kBlockRows * 64 : 64, rows_.scale + i);
+        Row from{nullptr, nullptr, op_.norm, op_.eps};
+        if (op_.coarse_x == nullptr) {
+          from.x = op_.x + i * op_.k;
+        } else {
+          from.coarse = op_.coarse_x + i * round_up(op_.k, kPanel);
+        }
+        level_.quantise(from, op_.k, row(i), level_.tiled ? kBlockRows * 64 : 64, rows_.scale + i);
       }
     });
   }

@@ -51,6 +51,7 @@ def find(directory: Path | None = None) -> Library | str:
         loaded.vlrt_level.restype = loaded.vlrt_int8.restype = loaded.vlrt_fp32.restype = ctypes.c_char_p
         levels = {name: loaded.vlrt_level(name.encode()).decode() for name in (AUTO, AUTO_BF16)}
         int8, fp32 = (find_level(AUTO.encode()).decode() for find_level in (loaded.vlrt_int8, loaded.vlrt_fp32))
+        _ = loaded.vlrt_resize  # which resampling.py calls: a library without it is of an older version
         return Library(path, levels, int8, fp32)
     except (OSError, AttributeError) as error:  # built for another system, or cut short
         return f"{path} does not load here ({error}); build it again: pip install --force-reinstall vlrt"
